@@ -1,0 +1,3 @@
+//! `skyrl-guest`: see the library for what it does.
+
+fn main() {}

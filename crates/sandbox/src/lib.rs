@@ -1,0 +1,17 @@
+//! Sandboxes: isolated root file systems with a process tree each, made by one
+//! of three engines, all spoken to through the same injected guest.
+//!
+//! Callers hold a [`Sandboxes`] and never see which engine is behind it. This
+//! crate knows neither HTTP sessions nor training.
+
+pub mod engine;
+pub mod error;
+pub mod image;
+pub mod spec;
+pub mod state;
+
+pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
+pub use error::EngineError;
+pub use image::{ImageRef, PullPolicy};
+pub use spec::{HostMount, Limits, Network, SandboxSpec};
+pub use state::{OwnerDir, OwnerLock, StateDir};

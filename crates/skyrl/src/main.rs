@@ -1,0 +1,3 @@
+//! The `skyrl` command line.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The single-threaded process that clones the native engine's sandboxes.
+
+fn main() {}
