@@ -7,11 +7,13 @@
 pub mod engine;
 pub mod error;
 pub mod image;
+pub mod probe;
 pub mod spec;
 pub mod state;
 
 pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 pub use error::EngineError;
 pub use image::{ImageRef, PullPolicy};
+pub use probe::{Choice, EngineProbe, Fact};
 pub use spec::{HostMount, Limits, Network, SandboxSpec};
 pub use state::{OwnerDir, OwnerLock, StateDir};
