@@ -6,13 +6,16 @@
 
 pub mod engine;
 pub mod error;
+pub mod guest_client;
 pub mod image;
 pub mod probe;
+pub mod programs;
 pub mod spec;
 pub mod state;
 
 pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 pub use error::EngineError;
+pub use guest_client::GuestClient;
 pub use image::{ImageRef, PullPolicy};
 pub use probe::{Choice, EngineProbe, Fact};
 pub use spec::{HostMount, Limits, Network, SandboxSpec};
