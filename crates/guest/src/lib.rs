@@ -4,4 +4,5 @@
 //! beside a busybox, a Debian or nothing at all. Its socket is the whole
 //! interface; it knows neither engines nor the runtime server.
 
+pub mod edit;
 pub mod http;
