@@ -4,6 +4,7 @@
 //! Callers hold a [`Sandboxes`] and never see which engine is behind it. This
 //! crate knows neither HTTP sessions nor training.
 
+pub mod cgroup;
 pub mod engine;
 pub mod error;
 pub mod guest_client;
