@@ -11,13 +11,17 @@ pub mod guest_client;
 pub mod image;
 pub mod probe;
 pub mod programs;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
+pub mod tree;
 
 pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 pub use error::EngineError;
 pub use guest_client::GuestClient;
 pub use image::{ImageRef, PullPolicy};
 pub use probe::{Choice, EngineProbe, Fact};
+pub use image::{Image, ImageError, ImageRef, ImageStore, PullPolicy};
+pub use snapshot::Snapshots;
 pub use spec::{HostMount, Limits, Network, SandboxSpec};
 pub use state::{OwnerDir, OwnerLock, StateDir};

@@ -64,6 +64,38 @@ pub enum ImageError {
         /// What the system answered.
         source: io::Error,
     },
+    /// The store can't hold images here.
+    #[error("image store {path}: {reason}", path = .path.display())]
+    Store {
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+    /// It would not fit.
+    #[error("image {image} is too large: {reason}")]
+    TooLarge {
+        /// The reference.
+        image: String,
+        /// Which bound it passes.
+        reason: String,
+    },
+    /// It took too long.
+    #[error("image {image} was not ready within {limit:?}")]
+    Deadline {
+        /// The reference.
+        image: String,
+        /// The deadline.
+        limit: std::time::Duration,
+    },
+    /// The name is taken.
+    #[error("{image} exists already")]
+    Exists {
+        /// The reference.
+        image: String,
+    },
     /// It is used by living sandboxes.
     #[error("image {image} is in use by {users}")]
     InUse {
@@ -91,6 +123,10 @@ impl ImageError {
                     "the disk is full: `skyrl image rm` frees space, `--state-dir` moves the store"
                 }
                 Self::Io { .. } => return None,
+                Self::Store { hint, .. } => hint,
+                Self::TooLarge { .. } => "free space with `skyrl image rm`, raise the quota, or move the store with `--state-dir`",
+                Self::Deadline { .. } => "pull it beforehand with `skyrl image pull`; what was fetched of it so far is not kept",
+                Self::Exists { .. } => "choose another name, or remove it first",
                 Self::InUse { .. } => "remove those sandboxes first: `skyrl sandbox rm`",
             }
             .to_owned(),
