@@ -112,6 +112,14 @@ pub enum EngineError {
         /// What happened.
         reason: String,
     },
+    /// Our own code failed.
+    #[error("a bug in the {engine} engine: {reason}")]
+    Bug {
+        /// Which engine was at work.
+        engine: EngineKind,
+        /// What is known.
+        reason: String,
+    },
     /// The state directory can't be used.
     #[error("state directory {path}: {reason}")]
     State {
@@ -164,6 +172,7 @@ impl EngineError {
             Self::HelperGone { .. } => {
                 Some("its sandboxes are gone too: start new ones; `skyrl sandbox prune` clears the rest".into())
             }
+            Self::Bug { .. } => Some("please report it, with the output of `-vv`".into()),
             Self::Program { .. } | Self::Podman { .. } | Self::Ended { .. } | Self::Guest { .. } => None,
         }
     }

@@ -5,6 +5,7 @@
 //! crate knows neither HTTP sessions nor training.
 
 pub mod cgroup;
+pub mod context;
 pub mod engine;
 pub mod error;
 pub mod guest_client;
@@ -16,6 +17,7 @@ pub mod spec;
 pub mod state;
 pub mod tree;
 
+pub use context::EngineContext;
 pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 pub use error::EngineError;
 pub use guest_client::GuestClient;

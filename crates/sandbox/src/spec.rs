@@ -1,7 +1,7 @@
 //! What a caller asks for when it wants a sandbox. Plain values, checked at
 //! the edge; engines read them and refuse what they can't honour.
 
-use crate::image::ImageRef;
+use crate::image::{ImageRef, PullPolicy};
 use serde::{Deserialize, Serialize};
 use skyrl_protocol::guest::UserGroup;
 use std::collections::BTreeMap;
@@ -13,6 +13,9 @@ use std::time::Duration;
 pub struct SandboxSpec {
     /// The image it starts from.
     pub image: ImageRef,
+    /// When to ask the registry for it.
+    #[serde(default)]
+    pub pull: PullPolicy,
     /// Variables over those of the image.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -48,6 +51,7 @@ impl SandboxSpec {
     pub fn new(image: ImageRef) -> Self {
         Self {
             image,
+            pull: PullPolicy::default(),
             env: BTreeMap::new(),
             workdir: None,
             user: None,

@@ -17,13 +17,14 @@
 
 use crate::engine::EngineKind;
 use crate::error::EngineError;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, StatVfsMountFlags};
 use skyrl_protocol::{OwnerId, SandboxId, SnapshotId};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The state directory of one user on one machine.
 #[derive(Debug, Clone)]
@@ -62,6 +63,13 @@ impl StateDir {
             return Err(refuse(
                 format!("it is on {name}, where locks and overlay file systems do not work"),
                 "choose a node-local directory with --state-dir, such as /tmp or $SLURM_TMPDIR",
+            ));
+        }
+        let mounted = rustix::fs::statvfs(&root).map_err(|e| refuse(e.to_string(), ""))?;
+        if mounted.f_flag.contains(StatVfsMountFlags::NOEXEC) {
+            return Err(refuse(
+                "it is mounted noexec, so programs in it can't run".into(),
+                "choose a directory elsewhere with --state-dir",
             ));
         }
         let state = Self { root };
@@ -103,6 +111,16 @@ impl StateDir {
         }
     }
 
+    /// Whether a living process holds an owner's lock.
+    pub fn is_alive(&self, owner: &OwnerId) -> bool {
+        let Ok(file) = File::open(self.owner_dir(owner).root.join("lock")) else {
+            return false;
+        };
+        // Shared, so that two that ask at the same time don't take each other
+        // for the owner.
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
+    }
+
     /// Becomes an owner: takes its lock, making its directory if it is new.
     ///
     /// # Errors
@@ -128,7 +146,7 @@ impl StateDir {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(EngineError::step("opening", path.display(), error)),
             };
-            if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if !locked_within(&file, LOCK_PATIENCE) {
                 return Err(EngineError::State {
                     path,
                     reason: format!("owner {owner} is alive in another process"),
@@ -217,6 +235,23 @@ impl OwnerLock {
     }
 }
 
+/// How long a lock may be taken before its holder counts as the owner and not
+/// as somebody who looks whether the owner lives.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+
+fn locked_within(file: &File, patience: Duration) -> bool {
+    let started = Instant::now();
+    loop {
+        if rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        if started.elapsed() >= patience {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Makes a directory (mode 0700) with its parents.
 pub(crate) fn make_dir(path: &Path) -> Result<(), EngineError> {
     DirBuilder::new()
@@ -263,6 +298,7 @@ mod tests {
         drop(lock);
         let lock = state.lock_owner(&owner).unwrap();
         assert_eq!(state.owners().unwrap(), std::slice::from_ref(&owner));
+        assert!(state.is_alive(&owner));
         lock.remove().unwrap();
         assert!(state.owners().unwrap().is_empty());
     }
