@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | `GET /v1/health` | | [`Health`] |
 //! | `PUT /v1/lease` | [`Lease`] | `{}`; the guest ends itself when a lease runs out |
+//! | `PUT /v1/session-key` | [`SessionKey`] | `{}`; what the clients' dialects ask for |
 //! | `POST /v1/exec` | [`ExecRequest`] | [`ExecResult`], or with `stream` NDJSON [`ExecEvent`]s |
 //! | `POST /v1/commands` | [`ExecRequest`] | [`CommandStatus`] of a command that outlives the call |
 //! | `GET /v1/commands` | | `[CommandStatus]` |
@@ -33,6 +34,11 @@
 //! | `POST /v1/search/files` | [`FileSearch`] | [`FileMatches`] |
 //! | `GET /v1/git/status?path=` | | [`GitStatus`] |
 //! | `GET /v1/git/diff?path=&base=` | | unified diff, bytes |
+//!
+//! The output of a command is addressed by offset: the header `skyrl-offset`
+//! is the offset of the first byte sent (later than asked for when bytes were
+//! dropped), `skyrl-total` what was written so far, `skyrl-ended` whether that
+//! is all.
 //!
 //! Errors are [`ErrorBody`] with a 4xx or 5xx status.
 
@@ -98,6 +104,15 @@ pub struct Health {
 pub struct Lease {
     /// Seconds from now; 0 removes the lease.
     pub seconds: u32,
+}
+
+/// The key that clients of the dialects (not of the native API, whose door is
+/// the socket's permissions) have to send. A guest starts with the one in its
+/// environment: `SESSION_API_KEY`, else `OH_SESSION_API_KEYS_0`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionKey {
+    /// The key; null: every request is accepted.
+    pub key: Option<String>,
 }
 
 /// What to run: a program with arguments, or a line for a shell.

@@ -2,13 +2,22 @@
 //! bounded headers, streamed bodies both ways. It knows nothing of what is
 //! served; routes live in `crate::api`.
 
+pub mod body;
+mod connection;
+pub mod head;
+pub mod multipart;
 mod query;
+mod server;
+mod write;
 
 pub use query::Query;
+pub use server::serve;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::fmt;
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
 /// Longest JSON body read into memory, in bytes.
@@ -26,6 +35,16 @@ pub struct Request<'c> {
     pub headers: Vec<(String, String)>,
     /// The body: de-chunked, bounded by its declared length.
     pub body: &'c mut dyn Read,
+    /// The client's end of the connection, to notice that it went away while
+    /// it waits; absent when the request came from elsewhere.
+    pub client: Option<BorrowedFd<'c>>,
+}
+
+/// What answers requests.
+pub trait Service: Send + Sync + 'static {
+    /// Answers one request. Runs on the connection's own thread and may block;
+    /// a panic is answered with 500 and ends only this connection.
+    fn call(&self, request: &mut Request<'_>) -> Response;
 }
 
 /// Why a body could not be used.
@@ -38,6 +57,18 @@ pub enum BodyError {
     /// It is not the JSON expected; the parser's own words.
     Json(serde_json::Error),
 }
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Io(error) => write!(f, "the request body could not be read: {error}"),
+            Self::TooLong(limit) => write!(f, "the request body is over {limit} bytes"),
+            Self::Json(error) => write!(f, "the request body is not the JSON expected: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {}
 
 impl Request<'_> {
     /// First value of a header field, by lower-case name.

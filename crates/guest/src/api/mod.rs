@@ -1,0 +1,22 @@
+//! Routes. The native API has `/v1` to itself; each client family's dialect
+//! has the paths its clients expect. A dialect that does not know a path gives
+//! the request to the next.
+
+mod error;
+mod native;
+
+pub use error::{ApiError, ApiResult, code_of};
+
+use crate::Guest;
+use crate::http::{Request, Response};
+use std::sync::Arc;
+
+/// Answers a request.
+pub fn route(guest: &Arc<Guest>, request: &mut Request<'_>) -> Response {
+    let path = request.path.clone();
+    if let Some(rest) = path.strip_prefix("/v1/") {
+        return native::route(guest, request, rest).unwrap_or_else(|error| error.response());
+    }
+    let error = ApiError::not_found(format!("no route {} {path}", request.method));
+    error.response()
+}
