@@ -6,8 +6,18 @@ use crate::SandboxId;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
+/// Version of these messages. A zygote of another version is ended, not
+/// adopted.
+pub const VERSION: u32 = 1;
+
 /// Longest message in bytes, both ways.
 pub const MAX_MESSAGE: usize = 128 * 1024;
+
+/// Name of the zygote's socket in its directory.
+pub const SOCKET: &str = "zygote.sock";
+
+/// Name of the file in the zygote's directory that holds its [`Identity`].
+pub const IDENTITY: &str = "zygote.json";
 
 /// What an engine asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +31,8 @@ pub enum Ask {
         /// What to start.
         plan: Box<StartPlan>,
     },
-    /// Kill every process of a sandbox and answer when they are gone.
+    /// Kill every process of a sandbox and answer when they are gone; at once
+    /// if there is no such sandbox.
     Stop {
         /// Correlates the answer.
         seq: u64,
@@ -44,6 +55,11 @@ pub enum Ask {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "tell")]
 pub enum Tell {
+    /// First message of every connection.
+    Hello {
+        /// [`VERSION`] of the zygote.
+        version: u32,
+    },
     /// The sandbox runs.
     Started {
         /// Of the question.
@@ -55,12 +71,8 @@ pub enum Tell {
     StartFailed {
         /// Of the question.
         seq: u64,
-        /// Which step, in words.
-        step: String,
-        /// Path or value concerned.
-        subject: String,
-        /// errno.
-        errno: i32,
+        /// Which step failed, and why.
+        failure: StepFailure,
     },
     /// The sandbox's processes are gone.
     Stopped {
@@ -74,12 +86,12 @@ pub enum Tell {
         /// Their ids and first processes.
         sandboxes: Vec<(SandboxId, i32)>,
     },
-    /// The zygote ends after this.
+    /// Every sandbox is gone and the zygote ends after this.
     ShuttingDown {
         /// Of the question.
         seq: u64,
     },
-    /// A question could not be read or names an unknown sandbox.
+    /// A question could not be read or contradicts what is.
     Refused {
         /// Of the question, 0 if it could not be read.
         seq: u64,
@@ -92,11 +104,24 @@ pub enum Tell {
         id: SandboxId,
         /// Wait status as `waitpid` gives it.
         status: i32,
+        /// The last of what its guest printed; lossy, at most a few KiB.
+        output: String,
     },
 }
 
-/// All a zygote needs to start one sandbox. Every path is absolute and was
-/// prepared by the engine.
+/// A step that the operating system refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepFailure {
+    /// What was attempted, e.g. "mounting".
+    pub step: String,
+    /// Path or value concerned.
+    pub subject: String,
+    /// What the system answered; 0 when the reason is all in the words.
+    pub errno: i32,
+}
+
+/// All a zygote needs to start one sandbox. Every host path is absolute and
+/// was prepared by the engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartPlan {
     /// Which sandbox.
@@ -105,18 +130,17 @@ pub struct StartPlan {
     pub hostname: String,
     /// How the root file system is made.
     pub root: RootPlan,
+    /// Files written into the root before anything runs in it.
+    pub files: Vec<FilePlan>,
     /// Host paths bound into the sandbox, in order.
     pub binds: Vec<BindPlan>,
-    /// The guest program on the host; bound read-only inside.
-    pub guest: PathBuf,
-    /// Arguments of the guest (without the program name).
-    pub guest_args: Vec<String>,
+    /// Arguments of the guest, program name first.
+    pub argv: Vec<String>,
     /// Environment of the guest, `KEY=value`.
     pub env: Vec<String>,
-    /// Where the zygote binds the guest's listening socket, on the host.
+    /// Where the zygote binds the guest's listening socket, on the host. The
+    /// guest inherits it as descriptor 3.
     pub socket: PathBuf,
-    /// Inherited number of the listening descriptor inside the guest.
-    pub socket_fd: i32,
     /// Working directory of the guest inside the sandbox; made if missing.
     pub workdir: String,
     /// User of the guest inside the sandbox.
@@ -125,15 +149,15 @@ pub struct StartPlan {
     pub gid: u32,
     /// Whether the sandbox gets a user namespace of its own.
     pub user_namespace: UserNamespacePlan,
-    /// Whether the sandbox has a network namespace of its own.
+    /// What network the sandbox has.
     pub network: NetworkPlan,
-    /// cgroup directories whose `cgroup.procs` the first process enters.
-    pub cgroups: Vec<PathBuf>,
+    /// cgroup directories it enters.
+    pub cgroups: CgroupPlan,
     /// Resource limits: (resource number, soft, hard).
     pub rlimits: Vec<(u32, u64, u64)>,
-    /// Root is mounted read-only.
+    /// Root is mounted read-only, with a writable `/tmp` over it.
     pub read_only_root: bool,
-    /// Bytes of `/dev/shm`.
+    /// Bytes of `/dev/shm`, and of `/tmp` over a read-only root.
     pub shm_bytes: u64,
 }
 
@@ -163,6 +187,15 @@ pub enum RootPlan {
     },
 }
 
+/// A file to be written inside the root, replacing what is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePlan {
+    /// Absolute path inside; its directory is made if missing.
+    pub path: PathBuf,
+    /// Its content.
+    pub text: String,
+}
+
 /// A host path inside the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BindPlan {
@@ -171,12 +204,12 @@ pub struct BindPlan {
     /// Inside the sandbox; the mount point is made if missing. Never followed
     /// out of the sandbox's root through symbolic links.
     pub target: PathBuf,
-    /// Mounted read-only.
+    /// Mounted read-only, with all that is mounted below it.
     pub read_only: bool,
 }
 
 /// User namespace of a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum UserNamespacePlan {
     /// None: the zygote is root and the sandbox's ids are the host's.
@@ -187,11 +220,66 @@ pub enum UserNamespacePlan {
 }
 
 /// Network of a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
 pub enum NetworkPlan {
     /// Own namespace, loopback up.
     Loopback,
     /// The host's.
     Host,
+    /// Own namespace, connected by a program the zygote runs beside the
+    /// sandbox.
+    Helper {
+        /// Program and arguments. `{pid}` stands for the sandbox's first
+        /// process, `{ready}` for a descriptor the program writes to when the
+        /// network works.
+        argv: Vec<String>,
+    },
+}
+
+/// Control groups of a sandbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupPlan {
+    /// v1 directories.
+    pub v1: Vec<PathBuf>,
+    /// v2 directory.
+    pub v2: Option<PathBuf>,
+    /// v1 `freezer.state`, to be thawed before killing.
+    pub v1_freezer: Option<PathBuf>,
+}
+
+/// Names a process beyond the reuse of its number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Process number.
+    pub pid: i32,
+    /// Start time in clock ticks after boot, field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// Whether something works here, or why not.
+pub type Finding = Result<(), String>;
+
+/// What the zygote finds when it tries, by the very calls that start a
+/// sandbox. `skyrl-zygote probe DIR` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Findings {
+    /// Whether it runs as root with the right to mount.
+    pub privileged: bool,
+    /// The kernel's calls that are needed whatever the user.
+    pub kernel: Finding,
+    /// A user namespace with one id mapped.
+    pub user_namespace: Finding,
+    /// PID, mount, IPC, UTS and network namespaces.
+    pub namespaces: Finding,
+    /// A fresh `/proc`.
+    pub proc_mount: Finding,
+    /// overlayfs of the kernel on the directory, mounted as root.
+    pub overlay: Finding,
+    /// overlayfs of the kernel on the directory, mounted in a user namespace.
+    pub overlay_in_user_namespace: Finding,
+    /// Filtering system calls.
+    pub seccomp: Finding,
 }

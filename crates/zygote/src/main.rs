@@ -1,3 +1,192 @@
-//! The single-threaded process that clones the native engine's sandboxes.
+//! `skyrl-zygote serve --dir DIR --guest FILE --grace-ms N` starts a zygote in
+//! the background, prints `ready` and returns; `skyrl-zygote probe DIR` prints
+//! what this machine permits as JSON. Both are run by the engine, not by
+//! people.
 
-fn main() {}
+use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::net::SocketType;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{PidfdFlags, Resource, getpid, pidfd_open};
+use skyrl_protocol::zygote::{IDENTITY, SOCKET};
+use skyrl_zygote::process::identity;
+use skyrl_zygote::seccomp::Filters;
+use skyrl_zygote::server::Server;
+use skyrl_zygote::spawn::{Parent, listen_on};
+use skyrl_zygote::step::{Failed, Step, check};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Engines waiting to be accepted, at most.
+const BACKLOG: i32 = 8;
+
+const USAGE: &str = "usage: skyrl-zygote serve --dir DIR --guest FILE --grace-ms N
+       skyrl-zygote probe DIR";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["probe", dir] => print_findings(Path::new(dir)),
+        ["serve", "--dir", dir, "--guest", guest, "--grace-ms", grace] => match grace.parse() {
+            Ok(grace) => serve(
+                Path::new(dir),
+                Path::new(guest),
+                Duration::from_millis(grace),
+            ),
+            Err(_) => usage(),
+        },
+        _ => usage(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => {
+            eprintln!("skyrl-zygote: {failed}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage() -> Result<(), Failed> {
+    Err(Failed::because("", USAGE))
+}
+
+fn print_findings(dir: &Path) -> Result<(), Failed> {
+    let findings = skyrl_zygote::probe::probe(dir);
+    let text = serde_json::to_string(&findings).step("printing", "what was found")?;
+    println!("{text}");
+    Ok(())
+}
+
+fn serve(dir: &Path, guest: &Path, grace: Duration) -> Result<(), Failed> {
+    let lock = lock(dir)?;
+    raise_descriptor_limit();
+    let guest = seal(guest)?;
+    let filters = Filters::compile().map_err(|reason| Failed::because("", reason))?;
+    let (ready, ready_end) = pipe_with(PipeFlags::CLOEXEC).step("making", "a pipe")?;
+    // SAFETY: this process has a single thread.
+    match check(unsafe { libc::fork() }.into()).step("going to", "the background")? {
+        0 => {}
+        _ => return wait_until_ready(ready_end, ready),
+    }
+    drop(ready);
+    // SAFETY: no memory effects.
+    unsafe { libc::setsid() };
+    let listener = match begin(dir) {
+        Ok(listener) => listener,
+        Err(failed) => {
+            let _ = File::from(ready_end).write_all(failed.to_string().as_bytes());
+            return Err(failed);
+        }
+    };
+    let zygote = pidfd_open(getpid(), PidfdFlags::empty()).step("opening", "the zygote itself")?;
+    let parent = Parent {
+        guest,
+        zygote,
+        filters,
+    };
+    let mut server = Server::new(listener, parent, grace);
+    let _ = File::from(ready_end).write_all(b"ready");
+    quiet(dir)?;
+    let result = server.run();
+    let _ = fs::remove_file(dir.join(SOCKET));
+    let _ = fs::remove_file(dir.join(IDENTITY));
+    drop(lock);
+    result
+}
+
+/// The first process: prints what the second says and leaves it alone.
+fn wait_until_ready(writer: OwnedFd, reader: OwnedFd) -> Result<(), Failed> {
+    drop(writer);
+    let mut word = String::new();
+    File::from(reader)
+        .read_to_string(&mut word)
+        .step("waiting for", "the zygote")?;
+    if word != "ready" {
+        return Err(Failed::because("starting the zygote:", word));
+    }
+    let mut out = io::stdout();
+    writeln!(out, "{word}").step("printing", "that the zygote is ready")
+}
+
+/// One zygote per directory.
+fn lock(dir: &Path) -> Result<File, Failed> {
+    let path = dir.join("zygote.lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .step("opening", &path)?;
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .step("being the only zygote with", &path)?;
+    Ok(file)
+}
+
+/// Each sandbox takes two descriptors.
+fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
+}
+
+/// A copy of the guest's program in memory that nobody can change, so that no
+/// sandbox can reach through its own `/proc/1/exe` to the others'.
+fn seal(program: &Path) -> Result<OwnedFd, Failed> {
+    let mut file = File::open(program).step("opening", program)?;
+    let create = |flags| rustix::fs::memfd_create("skyrl-guest", flags);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // Kernels before 6.3 do not know that it is to be executed, and need not.
+    let memory = create(flags | MemfdFlags::from_bits_retain(libc::MFD_EXEC))
+        .or_else(|_| create(flags))
+        .step("making", "a sealed copy of the guest")?;
+    let mut copy = File::from(memory);
+    io::copy(&mut file, &mut copy).step("copying", program)?;
+    rustix::fs::fcntl_add_seals(
+        copy.as_fd(),
+        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
+    )
+    .step("sealing", program)?;
+    Ok(copy.into())
+}
+
+/// Says who this is, and listens.
+fn begin(dir: &Path) -> Result<OwnedFd, Failed> {
+    let path = dir.join(IDENTITY);
+    let own = identity(getpid().as_raw_pid())
+        .ok_or_else(|| Failed::because("reading", "/proc/self/stat"))?;
+    let text = serde_json::to_vec(&own).step("writing", &path)?;
+    let temporary: PathBuf = dir.join(format!("{IDENTITY}.new"));
+    fs::write(&temporary, text).step("writing", &temporary)?;
+    fs::rename(&temporary, &path).step("writing", &path)?;
+    let listener = listen_on(&dir.join(SOCKET), SocketType::SEQPACKET, BACKLOG)?;
+    let _ = rustix::io::ioctl_fionbio(&listener, true);
+    Ok(listener)
+}
+
+/// Lets go of the terminal and of every directory.
+fn quiet(dir: &Path) -> Result<(), Failed> {
+    let null = Path::new("/dev/null");
+    let input = rustix::fs::open(null, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .step("opening", null)?;
+    let path = dir.join("zygote.log");
+    let log = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .step("opening", &path)?;
+    let redirect = || -> rustix::io::Result<()> {
+        rustix::stdio::dup2_stdin(&input)?;
+        rustix::stdio::dup2_stdout(&input)?;
+        rustix::stdio::dup2_stderr(&log)
+    };
+    redirect().step("letting go of", "the terminal")?;
+    rustix::process::chdir("/").step("leaving", "the current directory")
+}
