@@ -5,6 +5,7 @@
 //! crate knows neither HTTP sessions nor training.
 
 pub mod cgroup;
+pub mod command;
 pub mod context;
 pub mod engine;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod guest_client;
 pub mod image;
 pub mod probe;
 pub mod programs;
+pub mod rootfs;
 pub mod snapshot;
 pub mod spec;
 pub mod state;

@@ -3,7 +3,7 @@
 //! Reads `/proc/self/cgroup` and `/proc/self/mountinfo`, then tries. The
 //! parsing is pure; only [`Cgroups::probe`] touches the machine.
 
-use super::Controller;
+use super::{Controller, unescape_mount_path};
 use crate::cgroup::CgroupError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -43,7 +43,7 @@ struct Membership<'a> {
 #[derive(Debug, PartialEq, Eq)]
 struct Mounted<'a> {
     root: &'a str,
-    point: String,
+    point: PathBuf,
     v2: bool,
     options: Vec<&'a str>,
 }
@@ -74,35 +74,12 @@ fn mounted(mountinfo: &str) -> Vec<Mounted<'_>> {
             let mut before = before.split(' ').skip(3);
             Some(Mounted {
                 root: before.next()?,
-                point: unescape(before.next()?),
+                point: unescape_mount_path(before.next()?.as_bytes()),
                 v2: kind == "cgroup2",
                 options: after.nth(1)?.split(',').collect(),
             })
         })
         .collect()
-}
-
-/// Undoes the octal escapes of mountinfo.
-fn unescape(text: &str) -> String {
-    let mut out = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        let octal = (byte == b'\\' && tail.len() >= 3)
-            .then(|| std::str::from_utf8(&tail[..3]).ok())
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match octal {
-            Some(value) => {
-                out.push(value);
-                rest = &tail[3..];
-            }
-            None => {
-                out.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
 }
 
 /// Directory of a group, given its hierarchy's mount.
@@ -115,7 +92,7 @@ fn directory(mount: &Mounted<'_>, group: &str) -> Result<PathBuf, String> {
             "this process's group {group} lies outside its cgroup namespace"
         ));
     }
-    Ok(Path::new(&mount.point).join(below))
+    Ok(mount.point.join(below))
 }
 
 impl Cgroups {
@@ -311,7 +288,7 @@ fn unique() -> String {
 /// v2 gives controllers only to children of a group without processes of its
 /// own, so the caller's group serves when it is the root, has no controllers
 /// to give, or can be vacated because only the caller's own family is in it.
-fn v2_parent(own: &Path, mount_point: &str) -> Result<V2Parent, String> {
+fn v2_parent(own: &Path, mount_point: &Path) -> Result<V2Parent, String> {
     try_making(own)?;
     let available = fs::read_to_string(own.join("cgroup.controllers")).unwrap_or_default();
     let controllers: BTreeSet<Controller> = Controller::ALL
@@ -327,7 +304,7 @@ fn v2_parent(own: &Path, mount_point: &str) -> Result<V2Parent, String> {
         must_vacate,
     };
     // Only the real root lacks cgroup.type.
-    let real_root = own == Path::new(mount_point) && !own.join("cgroup.type").exists();
+    let real_root = own == mount_point && !own.join("cgroup.type").exists();
     if real_root || controllers.is_empty() {
         return Ok(plain(controllers, false));
     }

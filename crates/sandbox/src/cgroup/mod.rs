@@ -103,3 +103,27 @@ impl From<CgroupError> for crate::EngineError {
         Self::step(error.step, error.path.display(), error.source)
     }
 }
+
+/// Undoes the octal escapes of paths in `/proc/self/mountinfo`.
+pub(crate) fn unescape_mount_path(text: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let octal = (byte == b'\\' && tail.len() >= 3)
+            .then(|| std::str::from_utf8(&tail[..3]).ok())
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match octal {
+            Some(value) => {
+                out.push(value);
+                rest = &tail[3..];
+            }
+            None => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(out).into()
+}
