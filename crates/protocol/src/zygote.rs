@@ -161,6 +161,39 @@ pub struct StartPlan {
     pub shm_bytes: u64,
 }
 
+/// All a zygote needs to run a container runtime (`skyrl-zygote launch FILE`)
+/// in surroundings made for one sandbox: its groups, a mount namespace in
+/// which its root is mounted, and its guest's listening socket as descriptor
+/// 3. Every host path is absolute and was prepared by the engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchPlan {
+    /// How the root file system is made.
+    pub root: RootPlan,
+    /// Files written into the root.
+    pub files: Vec<FilePlan>,
+    /// Host paths bound into the root, in order.
+    pub binds: Vec<BindPlan>,
+    /// Working directory inside the root; made if missing, for `uid` and
+    /// `gid` then.
+    pub workdir: String,
+    /// User that a new working directory is made for.
+    pub uid: u32,
+    /// Group that a new working directory is made for.
+    pub gid: u32,
+    /// With a namespace of its own, the runtime is root in it.
+    pub user_namespace: UserNamespacePlan,
+    /// cgroup directories the runtime enters.
+    pub cgroups: CgroupPlan,
+    /// Where the guest's listening socket is bound, on the host.
+    pub socket: PathBuf,
+    /// The runtime's program.
+    pub program: PathBuf,
+    /// Arguments of the runtime, program name first.
+    pub argv: Vec<String>,
+    /// Environment of the runtime, `KEY=value`.
+    pub env: Vec<String>,
+}
+
 /// How the root file system is made, inside the sandbox's mount namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]

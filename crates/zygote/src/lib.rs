@@ -6,11 +6,16 @@
 //! ([`setup`]) before it becomes the guest. It survives nothing: if it dies,
 //! the kernel kills its sandboxes.
 //!
+//! The same steps serve the container runtimes of the `oci` engine: [`launch`]
+//! makes their surroundings.
+//!
 //! It knows nothing of images, limits or records: the engine's plan says all.
 
+pub mod launch;
 pub mod overlay;
 pub mod probe;
 pub mod process;
+pub mod sealed;
 pub mod seccomp;
 pub mod server;
 pub mod setup;

@@ -1,21 +1,24 @@
 //! `skyrl-zygote serve --dir DIR --guest FILE --grace-ms N` starts a zygote in
 //! the background, prints `ready` and returns; `skyrl-zygote probe DIR` prints
-//! what this machine permits as JSON. Both are run by the engine, not by
-//! people.
+//! what this machine permits as JSON; `skyrl-zygote launch FILE` runs a
+//! container runtime in the surroundings that the plan in FILE describes. All
+//! are run by engines, not by people.
 
-use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::SocketType;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Resource, getpid, pidfd_open};
 use skyrl_protocol::zygote::{IDENTITY, SOCKET};
+use skyrl_zygote::launch::launch;
 use skyrl_zygote::process::identity;
+use skyrl_zygote::sealed::sealed_copy;
 use skyrl_zygote::seccomp::Filters;
 use skyrl_zygote::server::Server;
 use skyrl_zygote::spawn::{Parent, listen_on};
 use skyrl_zygote::step::{Failed, Step, check};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,12 +28,14 @@ use std::time::Duration;
 const BACKLOG: i32 = 8;
 
 const USAGE: &str = "usage: skyrl-zygote serve --dir DIR --guest FILE --grace-ms N
+       skyrl-zygote launch FILE
        skyrl-zygote probe DIR";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words[..] {
+        ["launch", plan] => return launch(Path::new(plan)),
         ["probe", dir] => print_findings(Path::new(dir)),
         ["serve", "--dir", dir, "--guest", guest, "--grace-ms", grace] => match grace.parse() {
             Ok(grace) => serve(
@@ -65,7 +70,7 @@ fn print_findings(dir: &Path) -> Result<(), Failed> {
 fn serve(dir: &Path, guest: &Path, grace: Duration) -> Result<(), Failed> {
     let lock = lock(dir)?;
     raise_descriptor_limit();
-    let guest = seal(guest)?;
+    let guest = sealed_copy(guest)?;
     let filters = Filters::compile().map_err(|reason| Failed::because("", reason))?;
     let (ready, ready_end) = pipe_with(PipeFlags::CLOEXEC).step("making", "a pipe")?;
     // SAFETY: this process has a single thread.
@@ -133,26 +138,6 @@ fn raise_descriptor_limit() {
     let mut limit = rustix::process::getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     let _ = rustix::process::setrlimit(Resource::Nofile, limit);
-}
-
-/// A copy of the guest's program in memory that nobody can change, so that no
-/// sandbox can reach through its own `/proc/1/exe` to the others'.
-fn seal(program: &Path) -> Result<OwnedFd, Failed> {
-    let mut file = File::open(program).step("opening", program)?;
-    let create = |flags| rustix::fs::memfd_create("skyrl-guest", flags);
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 do not know that it is to be executed, and need not.
-    let memory = create(flags | MemfdFlags::from_bits_retain(libc::MFD_EXEC))
-        .or_else(|_| create(flags))
-        .step("making", "a sealed copy of the guest")?;
-    let mut copy = File::from(memory);
-    io::copy(&mut file, &mut copy).step("copying", program)?;
-    rustix::fs::fcntl_add_seals(
-        copy.as_fd(),
-        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
-    )
-    .step("sealing", program)?;
-    Ok(copy.into())
 }
 
 /// Says who this is, and listens.

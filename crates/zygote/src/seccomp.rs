@@ -27,7 +27,7 @@ pub struct Filters {
 }
 
 /// Flags of `clone` that make namespaces.
-const NAMESPACE_FLAGS: u64 = (CLONE_NEWNS
+pub const NAMESPACE_FLAGS: u64 = (CLONE_NEWNS
     | CLONE_NEWCGROUP
     | CLONE_NEWUTS
     | CLONE_NEWIPC
@@ -37,8 +37,24 @@ const NAMESPACE_FLAGS: u64 = (CLONE_NEWNS
     | CLONE_NEWTIME;
 const CLONE_NEWTIME: u64 = 0x80;
 
-const AF_ALG: u64 = 38;
-const AF_VSOCK: u64 = 40;
+/// Sockets of the kernel's crypto.
+pub const AF_ALG: u64 = 38;
+/// Sockets to the hypervisor.
+pub const AF_VSOCK: u64 = 40;
+
+/// A system call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// Its name.
+    pub name: &'static str,
+    number: c_long,
+}
+
+macro_rules! calls {
+    ($($number:ident),* $(,)?) => {
+        &[$(Call { name: stringify!($number).split_at(4).1, number: $number }),*]
+    };
+}
 
 // Calls newer than the libc crate's tables; numbered alike everywhere.
 const SYS_CACHESTAT: c_long = 451;
@@ -53,7 +69,7 @@ const SYS_IO_PGETEVENTS: c_long = 292;
 
 /// Execution domains that only change what `uname` says or how memory is laid
 /// out.
-const PERSONALITIES: [u64; 5] = [0x0, 0x8, 0x2_0000, 0x2_0008, 0xFFFF_FFFF];
+pub const PERSONALITIES: [u64; 5] = [0x0, 0x8, 0x2_0000, 0x2_0008, 0xFFFF_FFFF];
 
 impl Filters {
     /// Compiles them for this machine.
@@ -71,13 +87,13 @@ impl Filters {
         };
         Ok(Self {
             listed: compile(SeccompFilter::new(
-                listed().map_err(|e| e.to_string())?,
+                listed_rules().map_err(|e| e.to_string())?,
                 SeccompAction::Errno(ENOSYS as u32),
                 SeccompAction::Allow,
                 arch,
             ))?,
             refused: compile(SeccompFilter::new(
-                refused().map_err(|e| e.to_string())?,
+                refused_rules().map_err(|e| e.to_string())?,
                 SeccompAction::Allow,
                 SeccompAction::Errno(EPERM as u32),
                 arch,
@@ -101,6 +117,20 @@ impl Filters {
     }
 }
 
+/// Calls let through whatever their arguments, for those who have another
+/// build the filter. Beside them `clone`, `personality` and `socket` are let
+/// through with arguments that make no namespace, are one of
+/// [`PERSONALITIES`], and name neither [`AF_ALG`] nor [`AF_VSOCK`].
+pub fn allowed() -> impl Iterator<Item = &'static Call> {
+    ALLOWED.iter().chain(ALLOWED_HERE)
+}
+
+/// Calls answered with `EPERM`; what is in neither list is answered with
+/// `ENOSYS`.
+pub fn refused() -> impl Iterator<Item = &'static Call> {
+    REFUSED.iter().chain(REFUSED_HERE)
+}
+
 type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 fn condition(
@@ -114,13 +144,9 @@ fn condition(
     )?])
 }
 
-fn listed() -> Result<Rules, seccompiler::BackendError> {
+fn listed_rules() -> Result<Rules, seccompiler::BackendError> {
     use SeccompCmpArgLen::{Dword, Qword};
-    let mut rules: Rules = ALLOWED
-        .iter()
-        .chain(ALLOWED_HERE)
-        .map(|call| (*call, Vec::new()))
-        .collect();
+    let mut rules: Rules = allowed().map(|call| (call.number, Vec::new())).collect();
     rules.insert(
         SYS_clone,
         vec![condition(
@@ -147,13 +173,9 @@ fn listed() -> Result<Rules, seccompiler::BackendError> {
     Ok(rules)
 }
 
-fn refused() -> Result<Rules, seccompiler::BackendError> {
+fn refused_rules() -> Result<Rules, seccompiler::BackendError> {
     use SeccompCmpArgLen::{Dword, Qword};
-    let mut rules: Rules = REFUSED
-        .iter()
-        .chain(REFUSED_HERE)
-        .map(|call| (*call, Vec::new()))
-        .collect();
+    let mut rules: Rules = refused().map(|call| (call.number, Vec::new())).collect();
     // Any one namespace flag is enough: one rule for each.
     rules.insert(
         SYS_clone,
@@ -175,7 +197,7 @@ fn refused() -> Result<Rules, seccompiler::BackendError> {
 
 /// Calls every processor has.
 #[rustfmt::skip]
-const ALLOWED: &[c_long] = &[
+const ALLOWED: &[Call] = calls![
     // Files by descriptor and path.
     SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_preadv,
     SYS_pwritev, SYS_preadv2, SYS_pwritev2, SYS_openat, SYS_openat2, SYS_close, SYS_close_range,
@@ -241,7 +263,7 @@ const ALLOWED: &[c_long] = &[
 /// Calls only this processor has, older than their general forms.
 #[cfg(target_arch = "x86_64")]
 #[rustfmt::skip]
-const ALLOWED_HERE: &[c_long] = &[
+const ALLOWED_HERE: &[Call] = calls![
     SYS_open, SYS_creat, SYS_stat, SYS_lstat, SYS_access, SYS_chmod, SYS_chown, SYS_lchown,
     SYS_mkdir, SYS_rmdir, SYS_mknod, SYS_unlink, SYS_link, SYS_symlink, SYS_readlink, SYS_rename,
     SYS_renameat, SYS_getdents, SYS_utime, SYS_utimes, SYS_futimesat, SYS_dup2, SYS_pipe,
@@ -253,11 +275,11 @@ const ALLOWED_HERE: &[c_long] = &[
 
 /// Calls only this processor has, older than their general forms.
 #[cfg(not(target_arch = "x86_64"))]
-const ALLOWED_HERE: &[c_long] = &[];
+const ALLOWED_HERE: &[Call] = calls![];
 
 /// Refused on purpose, wherever the call exists.
 #[rustfmt::skip]
-const REFUSED: &[c_long] = &[
+const REFUSED: &[Call] = calls![
     // Namespaces and mounts.
     SYS_unshare, SYS_setns, SYS_mount, SYS_umount2, SYS_pivot_root, SYS_mount_setattr,
     SYS_move_mount, SYS_open_tree, SYS_fsopen, SYS_fsconfig, SYS_fsmount, SYS_fspick,
@@ -277,12 +299,12 @@ const REFUSED: &[c_long] = &[
 
 #[cfg(target_arch = "x86_64")]
 #[rustfmt::skip]
-const REFUSED_HERE: &[c_long] = &[
+const REFUSED_HERE: &[Call] = calls![
     SYS_iopl, SYS_ioperm, SYS__sysctl, SYS_uselib, SYS_ustat, SYS_sysfs,
 ];
 
 #[cfg(not(target_arch = "x86_64"))]
-const REFUSED_HERE: &[c_long] = &[];
+const REFUSED_HERE: &[Call] = calls![];
 
 #[cfg(test)]
 mod tests {
@@ -291,11 +313,9 @@ mod tests {
     #[test]
     fn the_filters_compile_and_no_call_is_both_let_through_and_refused() {
         Filters::compile().unwrap();
-        for call in ALLOWED.iter().chain(ALLOWED_HERE) {
-            assert!(
-                !REFUSED.contains(call) && !REFUSED_HERE.contains(call),
-                "{call}"
-            );
+        for call in allowed() {
+            assert!(refused().all(|other| other != call), "{call:?}");
         }
+        assert!(allowed().any(|call| call.name == "openat"));
     }
 }

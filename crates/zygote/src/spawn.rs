@@ -8,7 +8,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
-use skyrl_protocol::zygote::{NetworkPlan, StartPlan, StepFailure, UserNamespacePlan};
+use skyrl_protocol::zygote::{CgroupPlan, NetworkPlan, StartPlan, StepFailure, UserNamespacePlan};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -61,20 +61,7 @@ impl Parent {
         let _ = rustix::pipe::fcntl_setpipe_size(&output, 4096);
         let (failure, failure_end) =
             pipe_with(PipeFlags::CLOEXEC).step("making", "a pipe for failures")?;
-        let v2 = plan
-            .cgroups
-            .v2
-            .as_deref()
-            .map(|dir| {
-                rustix::fs::openat(
-                    CWD,
-                    dir,
-                    OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )
-                .step("opening cgroup", dir)
-            })
-            .transpose()?;
+        let v2 = open_v2_group(&plan.cgroups)?;
         let ids = (
             rustix::process::geteuid().as_raw(),
             rustix::process::getegid().as_raw(),
@@ -101,6 +88,23 @@ impl Parent {
             output,
         })
     }
+}
+
+/// The v2 group to clone into.
+pub(crate) fn open_v2_group(cgroups: &CgroupPlan) -> Result<Option<OwnedFd>, Failed> {
+    cgroups
+        .v2
+        .as_deref()
+        .map(|dir| {
+            rustix::fs::openat(
+                CWD,
+                dir,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .step("opening cgroup", dir)
+        })
+        .transpose()
 }
 
 fn report(to: &OwnedFd, failure: &StepFailure) {

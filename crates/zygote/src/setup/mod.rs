@@ -17,7 +17,7 @@ pub(crate) use kernel_files::new_proc;
 use crate::seccomp::Filters;
 use crate::step::{Failed, Step, check};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use skyrl_protocol::zygote::{CgroupPlan, NetworkPlan, StartPlan, UserNamespacePlan};
+use skyrl_protocol::zygote::{CgroupPlan, LaunchPlan, NetworkPlan, StartPlan, UserNamespacePlan};
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -86,6 +86,42 @@ pub fn become_guest(
     execute(guest, &argv, &env)
 }
 
+/// Becomes a container runtime in the surroundings it needs; returns only on
+/// failure. The listening socket ends up as [`LISTENER`]; standard descriptors
+/// stay as they are.
+///
+/// # Errors
+/// The first step that failed.
+pub(crate) fn become_runtime(
+    plan: &LaunchPlan,
+    program: BorrowedFd<'_>,
+    listener: BorrowedFd<'_>,
+    ids: (u32, u32),
+) -> Result<std::convert::Infallible, Failed> {
+    let argv = strings(&plan.argv)?;
+    let env = strings(&plan.env)?;
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .step("asking to die with", "the launcher")?;
+    enter_v1_groups(&plan.cgroups)?;
+    if plan.user_namespace == UserNamespacePlan::OwnSingleId {
+        map_single_id((0, 0), ids)?;
+    }
+    root::build_for_runtime(plan)?;
+    // SAFETY: no memory effects.
+    unsafe { libc::umask(0o022) };
+    let program = rustix::io::fcntl_dupfd_cloexec(program, 64)
+        .step("duplicating", "the runtime's program")?;
+    let listener = rustix::io::fcntl_dupfd_cloexec(listener, 64)
+        .step("duplicating", "the listening socket")?;
+    // SAFETY: duplicates onto a number that nothing owned in this process
+    // uses afterwards.
+    check(unsafe { libc::dup2(listener.as_raw_fd(), LISTENER) }.into())
+        .step("placing", "the listening socket")?;
+    close_on_exec_above(LISTENER)?;
+    reset_signals();
+    execute(program.as_raw_fd(), &argv, &env)
+}
+
 fn strings(from: &[String]) -> Result<Vec<CString>, Failed> {
     from.iter()
         .map(|text| {
@@ -115,15 +151,20 @@ fn die_with_zygote(zygote: BorrowedFd<'_>) -> Result<(), Failed> {
 /// Enters v1 groups and hides them all behind a cgroup namespace; the v2
 /// group was entered by the clone itself.
 fn enter_cgroups(cgroups: &CgroupPlan) -> Result<(), Failed> {
+    enter_v1_groups(cgroups)?;
+    // SAFETY: no memory is shared with anybody.
+    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
+        .step("making", "a cgroup namespace")?;
+    Ok(())
+}
+
+fn enter_v1_groups(cgroups: &CgroupPlan) -> Result<(), Failed> {
     for dir in &cgroups.v1 {
         // Moving oneself through `tasks` is the only move that does not stop
         // every fork and exit on the machine for a moment.
         let tasks = dir.join("tasks");
         fs::write(&tasks, "0").step("entering cgroup", &tasks)?;
     }
-    // SAFETY: no memory is shared with anybody.
-    check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
-        .step("making", "a cgroup namespace")?;
     Ok(())
 }
 
@@ -188,11 +229,15 @@ fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
         check(unsafe { libc::dup2(from.as_raw_fd(), to) }.into())
             .step("placing", &format!("descriptor {to}"))?;
     }
+    close_on_exec_above(LISTENER)
+}
+
+fn close_on_exec_above(last: i32) -> Result<(), Failed> {
     // SAFETY: only marks descriptors.
     check(unsafe {
         libc::syscall(
             libc::SYS_close_range,
-            LISTENER as u32 + 1,
+            last as u32 + 1,
             u32::MAX,
             libc::CLOSE_RANGE_CLOEXEC,
         )

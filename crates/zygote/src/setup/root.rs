@@ -9,19 +9,13 @@ use crate::step::{Failed, Step};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{Gid, Uid};
-use skyrl_protocol::zygote::{BindPlan, RootPlan, StartPlan};
+use skyrl_protocol::zygote::{BindPlan, LaunchPlan, RootPlan, StartPlan};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// Builds the root and moves into it, leaving the host's behind.
 pub(super) fn build(plan: &StartPlan) -> Result<(), Failed> {
-    mount_change(
-        "/",
-        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-    )
-    .step("detaching from the mounts of", Path::new("/"))?;
-    // Modes below are meant as they are written.
-    rustix::process::umask(Mode::empty());
+    detach_from_host()?;
     let root = mount_root(&plan.root)?;
     let at = root.as_fd();
     for file in &plan.files {
@@ -34,23 +28,60 @@ pub(super) fn build(plan: &StartPlan) -> Result<(), Failed> {
         mount_bind(at, bind)?;
     }
     let workdir = Path::new(&plan.workdir);
-    let (dir, made) = make_dir(at, workdir)?;
-    if made == Made::Now {
-        rustix::fs::chownat(
-            &dir,
-            "",
-            Some(Uid::from_raw(plan.uid)),
-            Some(Gid::from_raw(plan.gid)),
-            AtFlags::EMPTY_PATH,
-        )
-        .step("giving away", workdir)?;
-    }
+    make_workdir(at, workdir, (plan.uid, plan.gid))?;
     if plan.read_only_root {
         add_flags(at, MountAttrFlags::MOUNT_ATTR_RDONLY, Depth::One)
             .step("making read-only", "the root")?;
     }
     pivot(at)?;
     rustix::process::chdir(workdir).step("changing to", workdir)
+}
+
+/// Builds the root where a container runtime finds it; the runtime adds the
+/// kernel's file systems and moves into it.
+pub(super) fn build_for_runtime(plan: &LaunchPlan) -> Result<(), Failed> {
+    detach_from_host()?;
+    let root = mount_root(&plan.root)?;
+    let at = root.as_fd();
+    for file in &plan.files {
+        write_file(at, &file.path, &file.text)?;
+    }
+    open_tmp(at)?;
+    for bind in &plan.binds {
+        mount_bind(at, bind)?;
+    }
+    make_workdir(at, Path::new(&plan.workdir), (plan.uid, plan.gid))
+}
+
+/// Mounts made from here on stay here.
+fn detach_from_host() -> Result<(), Failed> {
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .step("detaching from the mounts of", Path::new("/"))?;
+    // Modes of what is made are meant as they are written.
+    rustix::process::umask(Mode::empty());
+    Ok(())
+}
+
+fn make_workdir(
+    root: BorrowedFd<'_>,
+    workdir: &Path,
+    (uid, gid): (u32, u32),
+) -> Result<(), Failed> {
+    let (dir, made) = make_dir(root, workdir)?;
+    if made == Made::Now {
+        rustix::fs::chownat(
+            &dir,
+            "",
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
+            AtFlags::EMPTY_PATH,
+        )
+        .step("giving away", workdir)?;
+    }
+    Ok(())
 }
 
 fn mount_root(plan: &RootPlan) -> Result<OwnedFd, Failed> {
@@ -97,12 +128,19 @@ fn open_directory(path: &Path) -> Result<OwnedFd, Failed> {
 /// `/tmp` exists and can be written to, whatever the image has.
 fn provide_tmp(root: BorrowedFd<'_>, plan: &StartPlan) -> Result<(), Failed> {
     let path = Path::new("/tmp");
-    let (tmp, made) = make_dir(root, path)?;
+    let tmp = open_tmp(root)?;
     if plan.read_only_root {
         let memory =
             dev::scratch(plan.shm_bytes, MountAttrFlags::empty()).step("mounting", path)?;
         return attach(memory.as_fd(), tmp.as_fd()).step("mounting", path);
     }
+    Ok(())
+}
+
+/// Opens `/tmp`; a new one is everybody's.
+fn open_tmp(root: BorrowedFd<'_>) -> Result<OwnedFd, Failed> {
+    let path = Path::new("/tmp");
+    let (tmp, made) = make_dir(root, path)?;
     if made == Made::Now {
         // An O_PATH descriptor can't be changed; its name can.
         rustix::fs::chmod(
@@ -111,7 +149,7 @@ fn provide_tmp(root: BorrowedFd<'_>, plan: &StartPlan) -> Result<(), Failed> {
         )
         .step("opening to everybody", path)?;
     }
-    Ok(())
+    Ok(tmp)
 }
 
 fn mount_bind(root: BorrowedFd<'_>, bind: &BindPlan) -> Result<(), Failed> {
