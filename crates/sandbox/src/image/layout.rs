@@ -94,6 +94,9 @@ pub(super) struct LayerRecord {
     /// When the machine is started anew, a layer that was not flushed to the
     /// disk may have lost content.
     pub(super) boot: String,
+    /// Digest and length of the file it came in: the next image with that
+    /// file does not need to fetch it.
+    pub(super) blob: Option<(String, u64)>,
 }
 
 /// Which images a sandbox or snapshot uses.
@@ -171,6 +174,12 @@ impl Layout {
     pub(super) fn fetch_lock(&self, reference: &str) -> PathBuf {
         self.root
             .join(format!("locks/fetch-{}", Self::ref_key(reference)))
+    }
+
+    /// Held exclusively while a layer is unpacked.
+    pub(super) fn unpack_lock(&self, diff_id: &str) -> PathBuf {
+        self.root
+            .join(format!("locks/unpack-{}", file_name(diff_id)))
     }
 
     /// Held shared by those who need a layer or an image to stay, exclusively

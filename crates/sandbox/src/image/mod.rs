@@ -11,11 +11,13 @@ mod host;
     reason = "the type it holds is the module's main one"
 )]
 mod image;
+mod layer;
 mod layout;
 mod lock;
 mod progress;
 mod records;
 mod reference;
+mod source;
 mod store;
 mod temp;
 

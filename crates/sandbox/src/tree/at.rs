@@ -40,7 +40,7 @@ fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
 }
 
 /// Opens a directory for reading.
-pub(super) fn open_dir_at(dir: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_dir_at(dir: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     open_beneath(dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
 }
 
@@ -59,7 +59,7 @@ pub(super) fn open_path_at(dir: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno
 }
 
 /// Path of an open descriptor's object, for calls that only take paths.
-pub(super) fn proc_path(fd: impl AsFd) -> PathBuf {
+pub(crate) fn proc_path(fd: impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
@@ -97,6 +97,6 @@ pub(super) fn read_xattr(handle: impl AsFd, name: &CStr) -> Result<Option<Vec<u8
 }
 
 /// Whether an entry is a directory, without following it.
-pub(super) fn stat_entry(dir: impl AsFd, name: &CStr) -> Result<rustix::fs::Stat, Errno> {
+pub(crate) fn stat_entry(dir: impl AsFd, name: &CStr) -> Result<rustix::fs::Stat, Errno> {
     rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
 }

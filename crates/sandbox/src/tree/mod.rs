@@ -16,7 +16,8 @@ mod remove;
 mod tests;
 mod walk;
 
-use at::{name_of, proc_path};
+use at::name_of;
+pub(crate) use at::{open_dir_at, proc_path, stat_entry};
 pub use copy::{CopyOptions, copy_tree};
 pub use remove::{clear_directory, remove_tree};
 pub use walk::{TreeSize, tree_size};

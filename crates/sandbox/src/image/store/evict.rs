@@ -50,6 +50,7 @@ impl Inner {
         let tmp = self.layout.dir("tmp");
         temp::sweep(&tmp).map_err(|e| io_error("cleaning", &tmp, e))?;
         self.remove_stale()?;
+        self.remove_free_locks()?;
         let inventory = self.inventory()?;
         evicted.bytes += self.remove_orphans(&inventory, ORPHAN_AGE)?;
         let Some(quota) = self.quota else {
@@ -137,44 +138,53 @@ impl Inner {
     /// Removes layers that nothing refers to; returns their bytes.
     fn remove_orphans(&self, inventory: &Inventory, age: Duration) -> Result<u64, ImageError> {
         let needed = inventory.needed_layers();
+        let mut candidates = Vec::new();
+        for id in inventory
+            .layers
+            .keys()
+            .filter(|id| !needed.contains(id.as_str()))
+        {
+            let made = fs::metadata(self.layout.layer_record(id)).and_then(|meta| meta.modified());
+            let is_old = made.is_ok_and(|made| {
+                SystemTime::now().duration_since(made).unwrap_or_default() >= age
+            });
+            if !is_old {
+                continue;
+            }
+            // Taken by whoever is about to use it.
+            let stay = self.layout.stay_lock(id);
+            let taken = FileLock::try_take(&stay, Sharing::Exclusive);
+            if let Some(alone) = taken.map_err(|e| io_error("locking", &stay, e))? {
+                candidates.push((id, alone));
+            }
+        }
+        if candidates.is_empty() {
+            return Ok(0);
+        }
+        // Whoever needed one of them published its image before letting go.
+        let inventory = self.inventory()?;
+        let needed = inventory.needed_layers();
         let mut freed = 0;
-        for (id, layer) in &inventory.layers {
-            let old = || {
-                fs::metadata(self.layout.layer_record(id))
-                    .and_then(|meta| meta.modified())
-                    .is_ok_and(|made| {
-                        SystemTime::now().duration_since(made).unwrap_or_default() >= age
-                    })
-            };
-            if !needed.contains(id.as_str()) && old() && self.remove_layer(id)? {
-                freed += layer.bytes;
+        for (id, alone) in candidates {
+            if !needed.contains(id.as_str()) {
+                freed += inventory.layers.get(id).map_or(0, |layer| layer.bytes);
+                self.remove_layer(id, alone)?;
             }
         }
         Ok(freed)
     }
 
-    /// Removes a layer unless somebody is about to use it: first out of
-    /// sight, then from the disk.
-    fn remove_layer(&self, id: &str) -> Result<bool, ImageError> {
-        let stay = self.layout.stay_lock(id);
-        let taken = FileLock::try_take(&stay, Sharing::Exclusive);
-        let Some(alone) = taken.map_err(|e| io_error("locking", &stay, e))? else {
-            return Ok(false);
-        };
-        // Whoever needed it published its image before letting the layer go.
-        if self.inventory()?.needed_layers().contains(id) {
-            return Ok(false);
-        }
+    /// Removes a layer: first out of sight, then from the disk.
+    fn remove_layer(&self, id: &str, alone: FileLock) -> Result<(), ImageError> {
         let tmp = self.layout.dir("tmp");
         let grave = TempDir::new(&tmp).map_err(|e| io_error("making", &tmp, e))?;
         let from = self.layout.layer(id);
         match fs::rename(&from, grave.path().join("layer")) {
             Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(io_error("removing", &from, error)),
         }
-        alone.remove().map_err(|e| io_error("removing", &stay, e))?;
-        Ok(true)
+        alone.remove().map_err(|e| io_error("removing", &from, e))
     }
 
     /// Removes layers that may have lost content when the machine went down,
@@ -201,6 +211,25 @@ impl Inner {
         }
         for part in ["refs", "records"] {
             remove_old_temporaries(&self.layout.dir(part))?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Removes lock files nobody has asked for in a day.
+    fn remove_free_locks(&self) -> Result<(), ImageError> {
+        const AGE: Duration = Duration::from_secs(24 * 3600);
+        let dir = self.layout.dir("locks");
+        for name in names(&dir)? {
+            let path = dir.join(name);
+            let made = fs::metadata(&path).and_then(|meta| meta.modified());
+            let is_old = made.is_ok_and(|made| {
+                SystemTime::now().duration_since(made).unwrap_or_default() >= AGE
+            });
+            if is_old && let Ok(Some(free)) = FileLock::try_take(&path, Sharing::Exclusive) {
+                free.remove().map_err(|e| io_error("removing", &path, e))?;
+            }
         }
         Ok(())
     }

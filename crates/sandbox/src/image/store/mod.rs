@@ -7,6 +7,7 @@
 //! [`ImageStore::open`].
 
 mod evict;
+mod install;
 mod present;
 mod usage;
 

@@ -9,6 +9,7 @@ use crate::image::lock::{FileLock, Sharing};
 use crate::image::progress::PullUpdate;
 use crate::image::records;
 use crate::image::reference::{ImageRef, PullPolicy};
+use crate::image::source::{self, DirectoryKind, Files};
 use crate::image::temp::TempDir;
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -139,11 +140,21 @@ impl Inner {
         let print = fingerprint(image).map_err(|error| missing(image, &error))?;
         let digest = match image {
             ImageRef::Host => self.make_host(image, work)?,
-            ImageRef::Directory(path) => self.use_in_place(path)?,
-            ImageRef::Snapshot(_)
-            | ImageRef::OciArchive { .. }
-            | ImageRef::DockerArchive { .. }
-            | ImageRef::Registry(_) => {
+            ImageRef::Directory(path) if DirectoryKind::of(path) == DirectoryKind::Root => {
+                self.use_in_place(path)?
+            }
+            ImageRef::Directory(path) => {
+                let files = Files::Directory(path.clone());
+                self.install(image, source::read(image, &files)?, &files, work)?
+            }
+            ImageRef::OciArchive { path, .. } | ImageRef::DockerArchive { path, .. } => {
+                let tmp = self.layout.dir("tmp");
+                let scratch = TempDir::new(&tmp).map_err(|e| io_error("making", &tmp, e))?;
+                let files = Files::archive(path, scratch.path(), self.room()?)
+                    .map_err(|error| unreadable(image, path, error))?;
+                self.install(image, source::read(image, &files)?, &files, work)?
+            }
+            ImageRef::Registry(_) | ImageRef::Snapshot(_) => {
                 return Err(ImageError::NotFound {
                     image: image.to_string(),
                     reason: "this kind of reference is not fetched".into(),
@@ -202,6 +213,7 @@ impl Inner {
                     bytes: plan.bytes(),
                     opaque_root: false,
                     boot: boot_id(),
+                    blob: None,
                 },
             )?;
         }
@@ -280,6 +292,18 @@ impl Inner {
             Err(_) if self.layout.diff(&record.diff_id).is_dir() => Ok(()),
             Err(error) => Err(io_error("publishing", &to, error)),
         }
+    }
+}
+
+/// An archive that can't be read as one.
+fn unreadable(image: &ImageRef, path: &Path, error: io::Error) -> ImageError {
+    match error.kind() {
+        io::ErrorKind::NotFound => missing(image, &error),
+        _ if error.raw_os_error().is_some() => io_error("reading", path, error),
+        _ => ImageError::Broken {
+            image: image.to_string(),
+            reason: error.to_string(),
+        },
     }
 }
 
