@@ -17,6 +17,7 @@ mod lock;
 mod progress;
 mod records;
 mod reference;
+mod registry;
 mod source;
 mod store;
 mod temp;

@@ -402,7 +402,7 @@ impl<R: Read> TarReader<R> {
 /// stored.
 fn pieces_of(numbers: &[u64], size: u64, stored: u64) -> io::Result<Vec<(u64, u64)>> {
     let unsound = || broken("a sparse file's map is unsound");
-    if numbers.len() % 2 != 0 || numbers.len() > 2 * MAX_PIECES {
+    if !numbers.len().is_multiple_of(2) || numbers.len() > 2 * MAX_PIECES {
         return Err(unsound());
     }
     let mut end = 0_u64;

@@ -217,13 +217,13 @@ impl Job<'_> {
                 layer.diff_id
             )));
         }
-        if let Some((expected, _)) = &layer.blob {
+        if let Some((expected, length)) = &layer.blob {
             // The compression's trailer may not have been read.
             std::io::copy(&mut blob, &mut std::io::sink()).map_err(read_error)?;
-            let (found, _) = blob.finish();
-            if found != *expected {
+            let (found, found_length) = blob.finish();
+            if (&found, &found_length) != (expected, length) {
                 return Err(broken(format!(
-                    "a layer's file should have the digest {expected}, but has {found}"
+                    "a layer's file should be {expected} of {length} bytes, but is {found} of {found_length}"
                 )));
             }
         }

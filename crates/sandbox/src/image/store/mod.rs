@@ -54,10 +54,12 @@ pub(super) struct Inner {
 }
 
 /// What work in progress consults and tells.
-pub(super) struct Work<'a> {
-    pub(super) stop: &'a AtomicBool,
-    pub(super) deadline: Instant,
-    pub(super) tell: &'a (dyn Fn(PullUpdate) + Sync),
+pub(in crate::image) struct Work<'a> {
+    pub(in crate::image) stop: &'a AtomicBool,
+    pub(in crate::image) deadline: Instant,
+    /// How long was allowed, for messages.
+    pub(in crate::image) limit: Duration,
+    pub(in crate::image) tell: &'a (dyn Fn(PullUpdate) + Sync),
 }
 
 impl ImageStore {
@@ -168,6 +170,7 @@ impl ImageStore {
                 &Work {
                     stop: &stop,
                     deadline: Instant::now() + limit,
+                    limit,
                     // Who listens slowly misses some.
                     tell: &|update| drop(tell.try_send(update)),
                 },

@@ -9,6 +9,7 @@ use crate::image::lock::{FileLock, Sharing};
 use crate::image::progress::PullUpdate;
 use crate::image::records;
 use crate::image::reference::{ImageRef, PullPolicy};
+use crate::image::registry;
 use crate::image::source::{self, DirectoryKind, Files};
 use crate::image::temp::TempDir;
 use sha2::{Digest, Sha256};
@@ -32,6 +33,7 @@ pub(super) fn key(image: &ImageRef) -> String {
             tag: tag.clone(),
         },
         ImageRef::Directory(path) => ImageRef::Directory(absolute(path)),
+        ImageRef::Registry(name) => ImageRef::Registry(registry::normalize(name)),
         other => other.clone(),
     }
     .to_string()
@@ -137,6 +139,13 @@ impl Inner {
         {
             return Ok(found);
         }
+        let is_local = matches!(image, ImageRef::Host | ImageRef::Directory(_));
+        if policy == PullPolicy::Never && !is_local {
+            return Err(ImageError::NotFound {
+                image: image.to_string(),
+                reason: "it is not in the image store, and fetching it was not allowed".into(),
+            });
+        }
         let print = fingerprint(image).map_err(|error| missing(image, &error))?;
         let digest = match image {
             ImageRef::Host => self.make_host(image, work)?,
@@ -154,10 +163,11 @@ impl Inner {
                     .map_err(|error| unreadable(image, path, error))?;
                 self.install(image, source::read(image, &files)?, &files, work)?
             }
-            ImageRef::Registry(_) | ImageRef::Snapshot(_) => {
+            ImageRef::Registry(name) => self.pull(image, name, policy, work)?,
+            ImageRef::Snapshot(_) => {
                 return Err(ImageError::NotFound {
                     image: image.to_string(),
-                    reason: "this kind of reference is not fetched".into(),
+                    reason: "snapshots are not in the image store".into(),
                 });
             }
         };
@@ -193,6 +203,46 @@ impl Inner {
                 io_error("locking", path, error)
             }
         })
+    }
+
+    /// Brings an image from a registry.
+    fn pull(
+        &self,
+        image: &ImageRef,
+        name: &str,
+        policy: PullPolicy,
+        work: &Work<'_>,
+    ) -> Result<String, ImageError> {
+        let mut known: Vec<(String, u64)> = self
+            .inventory()?
+            .layers
+            .into_values()
+            .filter_map(|layer| layer.blob)
+            .collect();
+        loop {
+            let tmp = self.layout.dir("tmp");
+            let scratch = TempDir::new(&tmp).map_err(|e| io_error("making", &tmp, e))?;
+            let request = registry::Request {
+                name,
+                known: &known,
+                skip_local: policy == PullPolicy::Always,
+                scratch: scratch.path(),
+            };
+            let files = Files::Directory(registry::fetch(&request, work)?);
+            let parts = source::read(image, &files)?;
+            let stood_in = parts
+                .layers
+                .iter()
+                .any(|layer| layer.blob.as_ref().is_some_and(|blob| known.contains(blob)));
+            match self.install(image, parts, &files, work) {
+                // A layer that was here when fetching began may have been
+                // removed meanwhile; it is fetched this time.
+                Err(ImageError::Broken { .. } | ImageError::TooLarge { .. }) if stood_in => {
+                    known.clear();
+                }
+                done => return done,
+            }
+        }
     }
 
     fn make_host(&self, image: &ImageRef, work: &Work<'_>) -> Result<String, ImageError> {
