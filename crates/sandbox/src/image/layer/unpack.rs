@@ -306,7 +306,8 @@ impl Unpacker<'_> {
             if entry.kind == TarKind::HardLink && self.is_itself(entry, &path)? {
                 return Ok(());
             }
-            opaque = is_whiteout(stat);
+            // What stood here hid whatever lower layers have.
+            opaque = !is_directory(stat.st_mode);
             self.dirs.remove(parent, name, stat)?;
         }
         match entry.kind {

@@ -9,8 +9,6 @@ mod oci;
 
 pub(super) use blob::{Hashing, check_digest, decompress};
 pub(super) use files::Files;
-#[cfg(test)]
-pub(super) use oci::machine_architecture;
 
 use super::error::ImageError;
 use super::image::ImageConfig;

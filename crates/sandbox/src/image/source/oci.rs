@@ -86,7 +86,7 @@ impl Descriptor {
 }
 
 /// This machine's processor, as images name it.
-pub(in crate::image) fn machine_architecture() -> &'static str {
+pub(super) fn machine_architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
