@@ -1,5 +1,7 @@
 //! What all requests share.
 
+use crate::api::openhands;
+use crate::edit::Editor;
 use crate::http::{Request, Response, Service, serve};
 use crate::process::{Commands, Processes, Settings};
 use crate::sync::lock;
@@ -23,6 +25,10 @@ pub struct Guest {
     pub processes: Processes,
     /// Commands of the native API that outlive their request.
     pub commands: Commands,
+    /// The agents' editor, with its undo history.
+    pub editor: Editor,
+    /// What the OpenHands 1.x dialect remembers.
+    pub openhands: openhands::State,
     session_key: Mutex<Option<String>>,
     started: Instant,
     /// Milliseconds after `started` of the last request that counts as use.
@@ -35,6 +41,8 @@ impl Guest {
         Ok(Arc::new(Self {
             processes: Processes::start(config.settings)?,
             commands: Commands::default(),
+            editor: Editor::new(),
+            openhands: openhands::State::default(),
             session_key: Mutex::new(config.session_key),
             started: Instant::now(),
             last_use: AtomicU64::new(0),

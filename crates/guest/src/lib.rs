@@ -5,12 +5,12 @@
 //! interface; it knows neither engines nor the runtime server.
 //!
 //! Rooms: [`init`] makes the process fit to be PID 1; [`process`] starts and
-//! ends commands; [`edit`] and [`search`] are tools of
-//! agents; [`http`] speaks HTTP; [`api`] joins them into routes, one
-//! module per client family.
+//! ends commands; [`edit`], [`search`] and [`git`] are tools of agents; [`http`]
+//! speaks HTTP; [`api`] joins them into routes, one module per client family.
 
 pub mod api;
 pub mod edit;
+pub mod git;
 mod guest;
 pub mod http;
 pub mod init;

@@ -4,6 +4,7 @@
 
 mod error;
 mod native;
+pub mod openhands;
 
 pub use error::{ApiError, ApiResult, code_of};
 
@@ -16,6 +17,9 @@ pub fn route(guest: &Arc<Guest>, request: &mut Request<'_>) -> Response {
     let path = request.path.clone();
     if let Some(rest) = path.strip_prefix("/v1/") {
         return native::route(guest, request, rest).unwrap_or_else(|error| error.response());
+    }
+    if let Some(answer) = openhands::route(guest, request) {
+        return answer;
     }
     let error = ApiError::not_found(format!("no route {} {path}", request.method));
     error.response()

@@ -1,6 +1,7 @@
 //! The native API: routes of `skyrl_protocol::guest`, one module per group.
 
 mod commands;
+mod tools;
 
 use super::{ApiError, ApiResult};
 use crate::Guest;
@@ -23,6 +24,11 @@ pub(super) fn route(guest: &Arc<Guest>, request: &mut Request<'_>, rest: &str) -
         ("PUT", ["session-key"]) => session_key(guest, request),
         ("POST", ["exec"]) => commands::exec(guest, request),
         (_, ["commands", rest @ ..]) => commands::route(guest, request, &method, rest),
+        ("POST", ["edit"]) => tools::edit(guest, request),
+        ("POST", ["search", "text"]) => tools::search_text(request),
+        ("POST", ["search", "files"]) => tools::search_files(request),
+        ("GET", ["git", "status"]) => tools::git_status(guest, request),
+        ("GET", ["git", "diff"]) => tools::git_diff(guest, request),
         _ => Err(unknown(&method, rest)),
     }
 }

@@ -196,7 +196,8 @@ impl Shared {
         let mut tables = lock(&self.tables);
         tables.live -= 1;
         tables.ending.remove(&command.key);
-        let draining = tables.commands.len() - tables.live;
+        // Commands being started count as live before they are in the table.
+        let draining = tables.commands.len().saturating_sub(tables.live);
         drop(tables);
         for (index, stream) in [Stream::Stdout, Stream::Stderr].into_iter().enumerate() {
             let channel = &mut state.channels[index];
