@@ -5,11 +5,13 @@
 //! interface; it knows neither engines nor the runtime server.
 //!
 //! Rooms: [`init`] makes the process fit to be PID 1; [`process`] starts and
-//! ends commands; [`edit`], [`search`] and [`git`] are tools of agents; [`http`]
-//! speaks HTTP; [`api`] joins them into routes, one module per client family.
+//! ends commands; [`file`] reads and writes files; [`edit`], [`search`] and
+//! [`git`] are tools of agents; [`http`] speaks HTTP; [`api`] joins them into
+//! routes, one module per client family.
 
 pub mod api;
 pub mod edit;
+pub mod file;
 pub mod git;
 mod guest;
 pub mod http;

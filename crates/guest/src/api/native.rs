@@ -1,6 +1,8 @@
 //! The native API: routes of `skyrl_protocol::guest`, one module per group.
 
 mod commands;
+mod files;
+mod terminal;
 mod tools;
 
 use super::{ApiError, ApiResult};
@@ -29,6 +31,10 @@ pub(super) fn route(guest: &Arc<Guest>, request: &mut Request<'_>, rest: &str) -
         ("POST", ["search", "files"]) => tools::search_files(request),
         ("GET", ["git", "status"]) => tools::git_status(guest, request),
         ("GET", ["git", "diff"]) => tools::git_diff(guest, request),
+        ("POST", ["terminal"]) => terminal::open(guest, request),
+        (_, ["file", rest @ ..]) => files::route(guest, request, &method, rest),
+        ("PUT", ["tar"]) => files::unpack(guest, request),
+        ("GET", ["tar"]) => files::pack(guest, request),
         _ => Err(unknown(&method, rest)),
     }
 }
@@ -44,6 +50,7 @@ fn done() -> Response {
 }
 
 fn health(guest: &Guest) -> Response {
+    guest.commands.sweep();
     Response::json(
         200,
         &Health {

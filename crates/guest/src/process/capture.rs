@@ -97,11 +97,16 @@ impl Capture {
         if bytes.is_empty() {
             return;
         }
-        let limit = usize::try_from(self.tail_limit).unwrap_or(usize::MAX);
+        // Under flow control the window bounds what is read, not what is kept:
+        // what is left in a pipe at the end may go over it.
+        let limit = match self.lossless {
+            true => usize::MAX,
+            false => usize::try_from(self.tail_limit).unwrap_or(usize::MAX),
+        };
         if bytes.len() > limit {
             bytes = &bytes[bytes.len() - limit..];
         }
-        let growth = (self.tail.len() + bytes.len()).min(limit) - self.tail.len();
+        let growth = self.tail.len().saturating_add(bytes.len()).min(limit) - self.tail.len();
         let allowed = self.tail.len() + self.grant(growth as u64) as usize;
         if bytes.len() > allowed {
             bytes = &bytes[bytes.len() - allowed..];
@@ -221,11 +226,11 @@ mod tests {
         assert_eq!(capture.read(0, 2), (0, b"ab".to_vec()));
         assert!(capture.acknowledge(2));
         assert_eq!(capture.room(), 2);
-        capture.push(b"ef");
+        capture.push(b"efgh");
         assert!(!capture.acknowledge(1));
-        assert_eq!(capture.read(2, 9), (2, b"cdef".to_vec()));
-        assert!(capture.acknowledge(6));
-        assert_eq!((capture.total(), capture.dropped()), (6, 0));
+        assert_eq!(capture.read(2, 9), (2, b"cdefgh".to_vec()));
+        assert!(capture.acknowledge(8));
+        assert_eq!((capture.total(), capture.dropped()), (8, 0));
     }
 
     #[test]

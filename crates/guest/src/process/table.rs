@@ -28,10 +28,21 @@ impl fmt::Display for TableFull {
 
 impl std::error::Error for TableFull {}
 
+/// Entries freed at once when the table is full, and the time between looks at
+/// it when it is not: looking costs something for each entry.
+const FREED: usize = MAX_ENTRIES / 8;
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Remembered commands.
 #[derive(Default)]
 pub struct Commands {
-    entries: Mutex<HashMap<String, Arc<Command>>>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    entries: HashMap<String, Arc<Command>>,
+    last_look: Option<Instant>,
 }
 
 /// What decides whether a finished command is forgotten.
@@ -64,41 +75,56 @@ impl Commands {
     /// Remembers a command under a new name: 32 hexadecimal digits.
     pub fn insert(&self, command: Arc<Command>) -> Result<String, TableFull> {
         let id = crate::random_id();
-        let mut entries = lock(&self.entries);
-        Self::sweep(&mut entries, 1);
-        if entries.len() >= MAX_ENTRIES {
+        let mut table = lock(&self.table);
+        table.sweep();
+        if table.entries.len() >= MAX_ENTRIES {
             return Err(TableFull);
         }
-        entries.insert(id.clone(), command);
+        table.entries.insert(id.clone(), command);
         Ok(id)
     }
 
     /// Looks a command up.
     pub fn get(&self, id: &str) -> Option<Arc<Command>> {
-        lock(&self.entries).get(id).cloned()
+        lock(&self.table).entries.get(id).cloned()
     }
 
     /// Forgets a command.
     pub fn remove(&self, id: &str) -> Option<Arc<Command>> {
-        lock(&self.entries).remove(id)
+        lock(&self.table).entries.remove(id)
     }
 
     /// All remembered commands, oldest first.
     pub fn list(&self) -> Vec<(String, Arc<Command>)> {
-        let mut entries = lock(&self.entries);
-        Self::sweep(&mut entries, 0);
-        let mut all: Vec<_> = entries
+        let mut table = lock(&self.table);
+        table.sweep();
+        let mut all: Vec<_> = table
+            .entries
             .iter()
             .map(|(id, command)| (id.clone(), Arc::clone(command)))
             .collect();
-        drop(entries);
+        drop(table);
         all.sort_by_key(|(_, command)| command.started());
         all
     }
 
-    fn sweep(entries: &mut HashMap<String, Arc<Command>>, wanted: usize) {
+    /// Forgets what is too old or too much; the owner's regular questions
+    /// about health call it, so that an idle guest forgets, too.
+    pub fn sweep(&self) {
+        lock(&self.table).sweep();
+    }
+}
+
+impl Table {
+    fn sweep(&mut self) {
         let now = Instant::now();
-        let (ids, finished): (Vec<String>, Vec<Finished>) = entries
+        let is_full = self.entries.len() >= MAX_ENTRIES;
+        if !is_full && self.last_look.is_some_and(|last| now - last < LOOK_EVERY) {
+            return;
+        }
+        self.last_look = Some(now);
+        let (ids, finished): (Vec<String>, Vec<Finished>) = self
+            .entries
             .iter()
             .filter_map(|(id, command)| {
                 let age = now.saturating_duration_since(command.finished_at()?);
@@ -106,9 +132,9 @@ impl Commands {
                 Some((id.clone(), Finished { age, bytes }))
             })
             .unzip();
-        let room = (entries.len() + wanted).saturating_sub(MAX_ENTRIES);
+        let room = if is_full { FREED } else { 0 };
         for index in to_forget(&finished, room) {
-            entries.remove(&ids[index]);
+            self.entries.remove(&ids[index]);
         }
     }
 }

@@ -70,11 +70,14 @@ pub(super) fn snapshot() -> Vec<Process> {
         .collect()
 }
 
-/// The living members of a command among `all`, the leader first if it lives.
+/// The living members of a command among `all`, the leader first if it lives:
+/// it should know that it is told to end before its children fail it.
 pub(super) fn members(all: &[Process], leader: i32) -> Vec<Process> {
-    select(all, |process| {
+    let mut members = select(all, |process| {
         process.pid == leader || process.session == leader || process.group == leader
-    })
+    });
+    members.sort_by_key(|process| process.pid != leader);
+    members
 }
 
 /// The living descendants of a process, without it.
@@ -215,6 +218,7 @@ mod tests {
             process(20, 1, 20, 20, b'S'),
         ];
         let mut pids: Vec<i32> = members(&all, 10).iter().map(|p| p.pid).collect();
+        assert_eq!(pids[0], 10);
         pids.sort_unstable();
         assert_eq!(pids, [10, 11, 12, 13, 14]);
         assert_eq!(descendants(&all, 1).len(), 6);
