@@ -289,6 +289,15 @@ impl Rootfs {
     }
 
     fn mount_fuse(&self) -> Result<(), EngineError> {
+        run(&mut self.fuse_command()?, MOUNT_LIMIT).map(drop)
+    }
+
+    /// The program that mounts it through FUSE and serves it in the
+    /// background.
+    ///
+    /// # Errors
+    /// [`EngineError::Program`] when fuse-overlayfs can't be used.
+    pub(crate) fn fuse_command(&self) -> Result<Command, EngineError> {
         let program = fuse_overlayfs().map_err(|reason| EngineError::Program {
             program: "fuse-overlayfs".into(),
             status: "can't be used".into(),
@@ -305,14 +314,9 @@ impl Rootfs {
             options.push(format!(",{key}="));
             options.push(escaped(&path));
         }
-        run(
-            Command::new(program)
-                .arg("-o")
-                .arg(options)
-                .arg(self.root()),
-            MOUNT_LIMIT,
-        )
-        .map(drop)
+        let mut command = Command::new(program);
+        command.arg("-o").arg(options).arg(self.root());
+        Ok(command)
     }
 
     /// Undoes [`Rootfs::mount`]; does nothing where nothing is mounted.

@@ -1,15 +1,20 @@
 //! `skyrl-zygote serve --dir DIR --guest FILE --grace-ms N` starts a zygote in
 //! the background, prints `ready` and returns; `skyrl-zygote probe DIR` prints
 //! what this machine permits as JSON; `skyrl-zygote launch FILE` runs a
-//! container runtime in the surroundings that the plan in FILE describes. All
-//! are run by engines, not by people.
+//! container runtime in the surroundings that the plan in FILE describes;
+//! `mount-overlay` and `unmount` serve engines whose roots are mounted in
+//! another process's namespace, which they enter before they run this. All are
+//! run by engines, not by people.
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use rustix::net::SocketType;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Resource, getpid, pidfd_open};
 use skyrl_protocol::zygote::{IDENTITY, SOCKET};
 use skyrl_zygote::launch::launch;
+use skyrl_zygote::overlay::Overlay;
 use skyrl_zygote::process::identity;
 use skyrl_zygote::sealed::sealed_copy;
 use skyrl_zygote::seccomp::Filters;
@@ -29,6 +34,8 @@ const BACKLOG: i32 = 8;
 
 const USAGE: &str = "usage: skyrl-zygote serve --dir DIR --guest FILE --grace-ms N
        skyrl-zygote launch FILE
+       skyrl-zygote mount-overlay (user|trusted) TARGET UPPER WORK LOWER...
+       skyrl-zygote unmount TARGET
        skyrl-zygote probe DIR";
 
 fn main() -> ExitCode {
@@ -45,6 +52,24 @@ fn main() -> ExitCode {
             ),
             Err(_) => usage(),
         },
+        [
+            "mount-overlay",
+            marks @ ("user" | "trusted"),
+            target,
+            upper,
+            work,
+            ref lowers @ ..,
+        ] if !lowers.is_empty() => {
+            let lowers: Vec<PathBuf> = lowers.iter().map(PathBuf::from).collect();
+            Overlay {
+                lowers: &lowers,
+                upper: Path::new(upper),
+                work: Path::new(work),
+                user_xattr: marks == "user",
+            }
+            .mount_on(Path::new(target))
+        }
+        ["unmount", target] => unmount(Path::new(target)),
         _ => usage(),
     };
     match result {
@@ -58,6 +83,15 @@ fn main() -> ExitCode {
 
 fn usage() -> Result<(), Failed> {
     Err(Failed::because("", USAGE))
+}
+
+/// What is not mounted, or not there, is unmounted already.
+fn unmount(target: &Path) -> Result<(), Failed> {
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    match rustix::mount::unmount(target, flags) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(error) => Err(error).step("unmounting", target),
+    }
 }
 
 fn print_findings(dir: &Path) -> Result<(), Failed> {

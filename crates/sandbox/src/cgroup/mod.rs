@@ -11,7 +11,7 @@ pub mod group;
 mod victims;
 
 pub use discover::Cgroups;
-pub use group::{Bounds, Group, Usage};
+pub use group::{Bounds, Frozen, Group, Usage};
 pub use victims::{Victim, victims};
 
 use serde::{Deserialize, Serialize};

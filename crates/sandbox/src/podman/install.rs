@@ -1,0 +1,134 @@
+//! The programs an engine needs and how this user may run them, found once.
+//! Deciding from what was found is pure; see [`super::probe`] for the report.
+
+use super::conf::Runtime;
+use crate::command::find_program;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Oldest Podman whose REST service is known to work.
+pub(super) const OLDEST: Version = Version(4, 0, 0);
+
+/// A version of Podman.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub(super) u32, pub(super) u32, pub(super) u32);
+
+impl Version {
+    /// Reads `podman version 4.3.1`, with or without a suffix.
+    fn read(text: &str) -> Option<Self> {
+        let word = text
+            .split_whitespace()
+            .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
+        let mut parts = word.split(['.', '-', '+']);
+        let mut next = || parts.next().and_then(|part| part.parse().ok());
+        Some(Self(next()?, next().unwrap_or(0), next().unwrap_or(0)))
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.0, self.1, self.2)
+    }
+}
+
+/// As whom Podman runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Privilege {
+    /// As the machine's root.
+    Rootful,
+    /// As a plain user, in a user namespace.
+    Rootless,
+}
+
+/// What was found on the machine.
+#[derive(Debug, Clone)]
+pub(super) struct Installation {
+    pub(super) podman: PathBuf,
+    pub(super) version: Version,
+    pub(super) monitor: PathBuf,
+    pub(super) runtime: Runtime,
+    pub(super) privilege: Privilege,
+    pub(super) slirp4netns: Option<PathBuf>,
+    pub(super) pasta: Option<PathBuf>,
+}
+
+/// Where programs are looked for: `PATH`, and the places that plain users'
+/// `PATH` often lacks.
+pub(super) fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    for more in ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"] {
+        if !std::env::split_paths(&path).any(|dir| dir == Path::new(more)) {
+            if !path.is_empty() {
+                path.push(":");
+            }
+            path.push(more);
+        }
+    }
+    path
+}
+
+/// The monitor, which some distributions keep out of `PATH`.
+pub(super) fn find_monitor() -> Option<PathBuf> {
+    find_program("conmon").or_else(|| {
+        [
+            "/usr/libexec/podman/conmon",
+            "/usr/local/libexec/podman/conmon",
+            "/usr/lib/podman/conmon",
+            "/usr/libexec/crio/conmon",
+            "/usr/lib/crio/bin/conmon",
+        ]
+        .into_iter()
+        .map(PathBuf::from)
+        .find(|path| path.is_file())
+    })
+}
+
+/// crun, or runc where there is no crun.
+pub(super) fn find_runtime() -> Option<Runtime> {
+    ["crun", "runc"]
+        .into_iter()
+        .find_map(|name| find_program(name).map(|path| Runtime { name, path }))
+}
+
+/// Asks a Podman for its version; absent when it does not run.
+pub(super) fn version_of(podman: &Path) -> Option<Version> {
+    let output = Command::new(podman)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    Version::read(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// As whom Podman would run.
+pub(super) fn privilege() -> Privilege {
+    if rustix::process::geteuid().is_root() {
+        Privilege::Rootful
+    } else {
+        Privilege::Rootless
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_and_compared_by_number() {
+        assert_eq!(
+            Version::read("podman version 4.3.1"),
+            Some(Version(4, 3, 1))
+        );
+        assert_eq!(
+            Version::read("podman version 5.0.0-rc2\n"),
+            Some(Version(5, 0, 0))
+        );
+        assert_eq!(
+            Version::read("podman version 4.10"),
+            Some(Version(4, 10, 0))
+        );
+        assert_eq!(Version::read("command not found"), None);
+        assert!(Version(4, 10, 0) > Version(4, 9, 9));
+    }
+}
