@@ -159,6 +159,33 @@ mod tests {
     }
 
     #[test]
+    fn any_mix_of_line_ends_marks_and_encodings_survives() {
+        let pieces: [&[u8]; 9] = [
+            b"\r",
+            b"\n",
+            b"\r\n",
+            b"a",
+            b"\xe9",
+            b"\xc3\xa9",
+            b"\xef\xbb\xbf",
+            b"\xef\xbb",
+            b"\xff",
+        ];
+        let mut state = 1u64;
+        for _ in 0..5_000 {
+            let mut bytes = Vec::new();
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            for step in 0..state >> 61 {
+                let piece = (state >> (8 + 6 * step)) as usize % pieces.len();
+                bytes.extend_from_slice(pieces[piece]);
+            }
+            round_trip(&bytes);
+        }
+    }
+
+    #[test]
     fn a_character_that_latin_1_lacks_is_named() {
         let document = Document::decode(b"caf\xe9".to_vec()).expect("text");
         let edited = document.with_text(format!("{} \u{2192} x", document.text));

@@ -129,6 +129,8 @@ impl<'p> Git<'p> {
             ("GIT_LITERAL_PATHSPECS", "1"),
             ("GIT_PAGER", "cat"),
             ("GIT_EDITOR", "true"),
+            // A partial clone would fetch what it lacks.
+            ("GIT_NO_LAZY_FETCH", "1"),
             ("LC_ALL", "C"),
         ];
         Self {
