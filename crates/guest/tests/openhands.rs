@@ -251,10 +251,10 @@ fn long_output_comes_in_chunks_and_is_joined_by_execute() {
 #[test]
 fn a_flood_is_cut_in_the_middle_and_memory_stays_bounded() {
     let guest = TestGuest::start();
-    for _ in 0..8 {
+    for _ in 0..5 {
         let flood = shell(
             &guest,
-            "echo first; head -c 60000000 /dev/zero | tr '\\0' x; echo last",
+            "echo first; head -c 40000000 /dev/zero | tr '\\0' x; echo last",
         );
         let text = flood["stdout"].as_str().expect("text");
         assert!(text.len() < 17 << 20 && text.starts_with("first\n") && text.ends_with("last\n"));
@@ -263,7 +263,7 @@ fn a_flood_is_cut_in_the_middle_and_memory_stays_bounded() {
     assert!(guest.rss_kib() < 400 << 10, "{} KiB", guest.rss_kib());
     let seen: Value = get(&guest, "/api/bash/bash_events/search?kind__eq=BashCommand").ok();
     let kept = seen["items"].as_array().map_or(0, Vec::len);
-    assert!((1..8).contains(&kept), "old events are forgotten: {kept}");
+    assert!((1..5).contains(&kept), "old events are forgotten: {kept}");
 }
 
 #[test]

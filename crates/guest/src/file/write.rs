@@ -28,8 +28,8 @@ pub fn make_directories(path: &Path) -> Result<(), FileError> {
 
 /// Writes a file: to a temporary name beside it, then renamed over it. Keeps
 /// mode and owner of a file that is there, and writes through symbolic links.
-/// Where the directory allows no new names (or the file is a mount point), the
-/// file is written in place. Returns the bytes written.
+/// Where the directory allows no new names, or the file is a mount point or
+/// has several names, it is written in place. Returns the bytes written.
 pub fn write_atomically(
     path: &Path,
     options: WriteOptions,
@@ -73,6 +73,10 @@ pub fn write_atomically(
         copy(content, &mut temporary.file).map_err(|error| read_or_write(&target, error))?;
     if keep_identity(&temporary.file, existing.as_ref(), options).is_err() {
         // Another user's file: replacing it would take it from them.
+        return replace_in_place(&target, options, &mut temporary);
+    }
+    if existing.as_ref().is_some_and(|found| found.nlink() > 1) {
+        // A rename would part it from its other names.
         return replace_in_place(&target, options, &mut temporary);
     }
     match fs::rename(&temporary.path, &target) {
@@ -256,6 +260,17 @@ mod tests {
         let lap = dir.path().join("lap");
         symlink("lap", &lap).unwrap();
         assert!(write(&lap, WriteOptions::default(), "a").is_err());
+    }
+
+    #[test]
+    fn a_file_of_several_names_keeps_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&path, "old").unwrap();
+        fs::hard_link(&path, &other).unwrap();
+        write(&path, WriteOptions::default(), "new").unwrap();
+        assert_eq!(fs::read_to_string(&other).unwrap(), "new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -16,11 +16,14 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Where a shell is looked for.
 pub(super) const SHELLS: [&str; 4] = ["/bin/sh", "/usr/bin/sh", "/bin/bash", "/busybox/sh"];
 
-/// Names of variables that are the guest's own and never reach a command.
+/// Names of variables that hold credentials of an in-sandbox server and never
+/// reach a command.
 fn is_secret(name: &[u8]) -> bool {
     name == b"SESSION_API_KEY"
         || name == b"OH_SECRET_KEY"
+        || name == b"LMNR_PROJECT_API_KEY"
         || name.starts_with(b"OH_SESSION_API_KEYS_")
+        || (name.starts_with(b"OTEL_") && name.ends_with(b"HEADERS"))
 }
 
 /// The environment commands start from.
@@ -217,6 +220,7 @@ mod tests {
             ("SESSION_API_KEY", "s"),
             ("OH_SESSION_API_KEYS_0", "s"),
             ("OH_SECRET_KEY", "s"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "s"),
             ("A", "1"),
             ("B", "2"),
         ]);

@@ -4,14 +4,12 @@
 
 mod walk;
 
+use crate::file;
 use globset::{GlobBuilder, GlobMatcher};
 use regex::bytes::{Regex, RegexBuilder};
-use rustix::fs::OFlags;
 use skyrl_protocol::guest::{FileMatches, FileSearch, TextMatch, TextMatches, TextSearch};
-use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::ControlFlow;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use walk::{Found, Walk};
@@ -69,14 +67,12 @@ pub fn text(request: &TextSearch, deadline: Instant) -> Result<TextMatches, Sear
         found: TextMatches::default(),
     };
     if !is_directory(&root)? {
-        let file = open(&root, OFlags::empty()).map_err(|source| SearchError::Io {
+        let source = file::open(&root, 0, None).map_err(|error| SearchError::Io {
             path: request.path.clone(),
-            source,
+            source: error.source,
         })?;
-        if let Some(file) = file {
-            search.found.files_searched = 1;
-            let _ = search.file(file, &request.path);
-        }
+        search.found.files_searched = 1;
+        let _ = search.file(source, &request.path);
         return Ok(search.found);
     }
     let mut walk = Walk::new(deadline);
@@ -85,11 +81,11 @@ pub fn text(request: &TextSearch, deadline: Instant) -> Result<TextMatches, Sear
             return ControlFlow::Continue(());
         }
         // What vanished or may not be read is passed over, as grep -s does.
-        let Ok(Some(file)) = open(&found.path, OFlags::NOFOLLOW) else {
+        let Ok(source) = file::open(&found.path, 0, None) else {
             return ControlFlow::Continue(());
         };
         search.found.files_searched += 1;
-        search.file(file, &found.path.to_string_lossy())
+        search.file(source, &found.path.to_string_lossy())
     })
     .map_err(|source| SearchError::Io {
         path: request.path.clone(),
@@ -150,16 +146,6 @@ fn is_directory(path: &Path) -> Result<bool, SearchError> {
         })
 }
 
-/// Opens a regular file without ever waiting; `None` for anything else.
-fn open(path: &Path, flags: OFlags) -> io::Result<Option<File>> {
-    let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.bits() as i32)
-        .open(path)?;
-    Ok(file.metadata()?.is_file().then_some(file))
-}
-
 /// A glob on a path, or, without a slash, on its last component.
 struct NameMatcher {
     glob: GlobMatcher,
@@ -197,8 +183,8 @@ struct LineSearch {
 
 impl LineSearch {
     /// Searches one file; breaks when a bound of the whole search is reached.
-    fn file(&mut self, file: File, path: &str) -> ControlFlow<()> {
-        let mut reader = BufReader::with_capacity(64 << 10, file);
+    fn file(&mut self, source: file::Source, path: &str) -> ControlFlow<()> {
+        let mut reader = BufReader::with_capacity(64 << 10, source.reader);
         match reader.fill_buf() {
             Ok(head) if !head[..head.len().min(SNIFFED_BYTES)].contains(&0) => {}
             _ => return ControlFlow::Continue(()),
@@ -248,7 +234,7 @@ impl LineSearch {
 
 /// Reads a line, keeping at most [`MAX_LINE_BYTES`] of it. Answers 0 at the
 /// end of the file.
-fn read_line(reader: &mut BufReader<File>, line: &mut Vec<u8>) -> io::Result<usize> {
+fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<usize> {
     let read = reader
         .by_ref()
         .take(MAX_LINE_BYTES)

@@ -4,14 +4,14 @@ use super::time::http_date;
 use super::validate::Problems;
 use super::{Answer, failure, internal};
 use crate::Guest;
+use crate::file::{self, WriteOptions};
 use crate::http::multipart::{Multipart, MultipartError};
 use crate::http::{Query, Request, Response, ResponseBody};
-use rustix::fs::OFlags;
 use serde_json::json;
 use std::fmt::Write as _;
-use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Directories of one page.
@@ -115,26 +115,17 @@ fn etag(meta: &Metadata) -> String {
     )
 }
 
-/// Opens a regular file without ever waiting.
-fn open(path: &Path) -> Result<(File, Metadata), Response> {
-    let refuse = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => failure(404, "File not found"),
-        _ => internal(&format!("Can't read {}: {error}", path.display())),
-    };
-    if !fs::metadata(path).map_err(refuse)?.is_file() {
-        return Err(failure(400, "Path is not a file"));
-    }
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.bits() as i32)
-        .open(path)
-        .map_err(refuse)?;
-    let meta = file.metadata().map_err(refuse)?;
-    if meta.is_file() {
-        Ok((file, meta))
-    } else {
-        Err(failure(400, "Path is not a file"))
+/// What is known of a regular file.
+fn look(path: &Path) -> Result<Metadata, Response> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => Ok(meta),
+        Ok(_) => Err(failure(400, "Path is not a file")),
+        Err(error) => Err(match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                failure(404, "File not found")
+            }
+            _ => internal(&format!("can't look at {}: {error}", path.display())),
+        }),
     }
 }
 
@@ -149,7 +140,7 @@ fn text(status: u16, text: &str) -> Response {
 /// `GET /file/download`.
 pub(super) fn download(request: &Request<'_>) -> Answer {
     let path = absolute(&request.query)?;
-    let (mut file, meta) = open(path)?;
+    let meta = look(path)?;
     let tag = etag(&meta);
     let modified = http_date(meta.mtime().max(0) as u64);
     // A range of another version of the file is of no use.
@@ -157,52 +148,43 @@ pub(super) fn download(request: &Request<'_>) -> Answer {
         .header("if-range")
         .is_none_or(|version| version == tag || version == modified);
     let range = request.header("range").filter(|_| same);
-    let (status, start, length) = match wanted(range, meta.len()) {
-        Wanted::Whole => (200, 0, meta.len()),
-        Wanted::Part(start, length) => (206, start, length),
+    let (status, start, limit) = match wanted(range, meta.len()) {
+        Wanted::Whole => (200, 0, None),
+        Wanted::Part(start, length) => (206, start, Some(length)),
         Wanted::Unsatisfiable => {
-            return Err(
-                text(416, "").with_header("content-range", format!("bytes */{}", meta.len()))
-            );
+            let size = format!("bytes */{}", meta.len());
+            return Err(text(416, "").with_header("content-range", size));
         }
         Wanted::Malformed(why) => return Err(text(400, why)),
     };
+    let source = file::open(path, start, limit).map_err(|error| internal(&error.to_string()))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let disposition = attachment(&name);
-    let body: Box<dyn Read + Send> = match meta.len() {
-        // Files of pseudo file systems say 0 and have content.
-        0 => {
-            let mut bytes = Vec::new();
-            file.take(16 << 20)
-                .read_to_end(&mut bytes)
-                .map_err(|error| internal(&format!("Can't read {}: {error}", path.display())))?;
-            return Ok(Response::bytes(200, "application/octet-stream", bytes)
-                .with_header("content-disposition", disposition));
-        }
-        _ => {
-            file.seek(SeekFrom::Start(start))
-                .map_err(|error| internal(&format!("Can't seek in {}: {error}", path.display())))?;
-            Box::new(file.take(length))
+    let last = source.length.map(|length| start + length.saturating_sub(1));
+    let body = match source.length {
+        Some(length) => ResponseBody::Sized(length, source.reader),
+        // A file of a pseudo file system does not know its size.
+        None => {
+            let mut reader = source.reader;
+            ResponseBody::Stream(Box::new(move |out| io::copy(&mut reader, out).map(|_| ())))
         }
     };
     let response = Response {
         status,
         headers: vec![("content-type", "application/octet-stream".to_owned())],
-        body: ResponseBody::Sized(length, body),
+        body,
     };
     let response = response
         .with_header("content-disposition", disposition)
         .with_header("accept-ranges", "bytes")
         .with_header("etag", tag)
         .with_header("last-modified", modified);
-    Ok(if status == 206 {
-        let last = start + length - 1;
-        response.with_header(
-            "content-range",
-            format!("bytes {start}-{last}/{}", meta.len()),
-        )
-    } else {
-        response
+    Ok(match last {
+        Some(last) if status == 206 => {
+            let part = format!("bytes {start}-{last}/{}", source.size);
+            response.with_header("content-range", part)
+        }
+        _ => response,
     })
 }
 
@@ -230,27 +212,25 @@ pub(super) fn upload(request: &mut Request<'_>) -> Answer {
         if path.is_dir() {
             return Err(failure(400, "Path is a directory"));
         }
-        let size = write(&path, &mut part).map_err(|error| match error.kind() {
-            io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-                failure(400, "A parent of the path is not a directory")
-            }
-            _ => internal(&format!("Can't write {}: {error}", path.display())),
-        })?;
+        let options = WriteOptions {
+            mode: None,
+            parents: true,
+        };
+        let size =
+            file::write_atomically(&path, options, &mut part).map_err(|error| {
+                match error.source.kind() {
+                    io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+                        failure(400, "A parent of the path is not a directory")
+                    }
+                    _ => internal(&error.to_string()),
+                }
+            })?;
         return Ok(Response::json(
             200,
             &json!({"success": true, "file_size": size}),
         ));
     }
     Err(no_file())
-}
-
-/// Writes a file with its parents; answers its size.
-fn write(path: &Path, content: &mut dyn Read) -> io::Result<u64> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let mut file = File::create(path)?;
-    io::copy(content, &mut file)
 }
 
 /// `POST /file/create_directory`.
