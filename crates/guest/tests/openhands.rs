@@ -15,7 +15,7 @@ fn run(guest: &TestGuest, body: &Value) -> Value {
 }
 
 fn shell(guest: &TestGuest, line: &str) -> Value {
-    run(guest, &json!({"command": line, "timeout": 20}))
+    run(guest, &json!({"command": line, "timeout": 90}))
 }
 
 /// Starts a command and gives its id.
@@ -260,7 +260,7 @@ fn a_flood_is_cut_in_the_middle_and_memory_stays_bounded() {
         assert!(text.len() < 17 << 20 && text.starts_with("first\n") && text.ends_with("last\n"));
         assert!(text.contains("bytes dropped"));
     }
-    assert!(guest.rss_kib() < 400 << 10, "{} KiB", guest.rss_kib());
+    assert!(guest.rss_kib() < 250 << 10, "{} KiB", guest.rss_kib());
     let seen: Value = get(&guest, "/api/bash/bash_events/search?kind__eq=BashCommand").ok();
     let kept = seen["items"].as_array().map_or(0, Vec::len);
     assert!((1..5).contains(&kept), "old events are forgotten: {kept}");

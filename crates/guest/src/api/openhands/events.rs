@@ -183,20 +183,28 @@ pub(super) fn outputs(
         .collect()
 }
 
-/// Whole chunks, and the rest where there is one.
-fn chunks(mut text: String) -> (Vec<String>, Option<String>) {
+/// Whole chunks, and the rest where there is one. Each has no more memory than
+/// it needs.
+fn chunks(text: String) -> (Vec<String>, Option<String>) {
     let mut chunks = Vec::new();
+    let mut rest = text.as_str();
     // A text has at least as many bytes as characters.
-    while text.len() >= CHUNK_CHARS {
-        let end = match text.char_indices().nth(CHUNK_CHARS) {
+    while rest.len() >= CHUNK_CHARS {
+        let end = match rest.char_indices().nth(CHUNK_CHARS) {
             Some((end, _)) => end,
-            None if text.chars().count() == CHUNK_CHARS => text.len(),
+            None if rest.chars().count() == CHUNK_CHARS => rest.len(),
             None => break,
         };
-        let rest = text.split_off(end);
-        chunks.push(std::mem::replace(&mut text, rest));
+        let (chunk, after) = rest.split_at(end);
+        chunks.push(chunk.to_owned());
+        rest = after;
     }
-    (chunks, (!text.is_empty()).then_some(text))
+    let rest = match (chunks.is_empty(), rest.is_empty()) {
+        (_, true) => None,
+        (true, false) => Some(text),
+        (false, false) => Some(rest.to_owned()),
+    };
+    (chunks, rest)
 }
 
 /// Joins the outputs of one command into one, as the last of them.
