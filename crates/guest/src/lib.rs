@@ -36,3 +36,4 @@ pub fn random_id() -> String {
     }
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+pub mod shell;

@@ -20,7 +20,7 @@
 //! | `POST /v1/shells/{id}/run` | [`ShellRun`] | [`ShellOutput`] |
 //! | `POST /v1/shells/{id}/input` | [`ShellInput`] | [`ShellOutput`] |
 //! | `POST /v1/shells/{id}/read` | [`ShellRead`] | [`ShellOutput`] |
-//! | `POST /v1/shells/{id}/interrupt` | | [`ShellOutput`] |
+//! | `POST /v1/shells/{id}/interrupt` | [`ShellRead`] | [`ShellOutput`] |
 //! | `DELETE /v1/shells/{id}` | | `{}` |
 //! | `GET /v1/file?path=&offset=&limit=` | | bytes |
 //! | `PUT /v1/file?path=&mode=&parents=true` | bytes | `{}`; written atomically |
@@ -384,6 +384,51 @@ pub struct ShellSpec {
     /// Run as this user and group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<UserGroup>,
+    /// Which start files it reads first.
+    #[serde(default)]
+    pub startup: ShellStartup,
+    /// How terminal output becomes text.
+    #[serde(default)]
+    pub text: ShellText,
+    /// Whether input sent to a program shows in the output.
+    #[serde(default)]
+    pub echo: bool,
+    /// Columns of the terminal; 200 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<u16>,
+    /// Rows of the terminal; 50 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<u16>,
+}
+
+/// The start files of a persistent shell. They run as its first command, with
+/// the terminal as standard input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShellStartup {
+    /// None.
+    None,
+    /// Those of an interactive shell: `/etc/bash.bashrc` and `~/.bashrc`, or
+    /// the file that `ENV` names.
+    #[default]
+    Interactive,
+    /// Those of a login shell: `/etc/profile` and the first of
+    /// `~/.bash_profile`, `~/.bash_login`, `~/.profile`.
+    Login,
+}
+
+/// How terminal output becomes text. Invalid UTF-8 is replaced in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShellText {
+    /// As the terminal got it.
+    Raw,
+    /// Without escape sequences; `\r\n` is `\n`.
+    #[default]
+    Plain,
+    /// As lines of a screen: also carriage returns and backspaces have done
+    /// their work, so a progress bar is one line in its last state.
+    Screen,
 }
 
 /// A persistent shell as listed.
@@ -456,7 +501,8 @@ pub struct ShellRead {
 /// What a shell printed since the last answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShellOutput {
-    /// New output, without the echoed command and the prompt.
+    /// New output, without the echoed command and the prompt. When bytes were
+    /// dropped, a line between the halves says how many.
     pub output: String,
     /// Bytes dropped from the middle of it.
     pub dropped_bytes: u64,
