@@ -3,10 +3,11 @@
 //! Opens, starts and kills; it does not know what is written to the shell.
 
 use super::control::Flavor;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags};
 use rustix::pty::OpenptFlags;
-use rustix::termios::{LocalModes, OutputModes, Termios, Winsize};
+use rustix::termios::{InputModes, LocalModes, OutputModes, QueueSelector, Termios, Winsize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -102,11 +103,19 @@ impl Terminal {
         let _ = rustix::termios::tcsetattr(&self.master, now, &self.modes);
     }
 
-    /// Forgets input that no program has read. Failures don't matter.
+    /// Forgets input that no program has read; signals of keys sent before
+    /// are delivered when it returns. Failures don't matter.
     pub(crate) fn forget_input(&self) {
-        if let Ok(peer) = self.peer() {
-            let _ = rustix::termios::tcflush(&peer, rustix::termios::QueueSelector::IFlush);
-        }
+        let Ok(peer) = self.peer() else {
+            return;
+        };
+        let forget = || rustix::termios::tcflush(&peer, QueueSelector::IFlush);
+        let _ = forget();
+        // The kernel hands input over in the background; polling the
+        // programs' side waits for that.
+        let mut fds = [PollFd::new(&peer, PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+        let _ = forget();
     }
 }
 

@@ -26,6 +26,17 @@ const MOST_INPUT: usize = 1 << 20;
 const IDLE_OUTPUT: usize = 64 << 10;
 /// Largest output limit of a command.
 pub(crate) const MOST_OUTPUT: usize = 16 << 20;
+/// How long a shell may take to settle after an interrupt, before it is given
+/// a command.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
+/// How often a shell is looked at that an interrupt may have kept from
+/// reporting; and any other, for a signal the guest has not sent.
+const LOOK_AFTER_INTERRUPT: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_secs(1);
+/// How long an interrupt may take to end a command before it is repeated.
+const INTERRUPT_AGAIN: Duration = Duration::from_millis(500);
+/// How often a terminal that every program has left is looked at.
+const REOPEN: Duration = Duration::from_millis(50);
 /// How long closing waits for killed processes to be gone.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(3);
 /// Stack of a shell's thread.
@@ -134,6 +145,8 @@ struct State {
     begun: bool,
     /// The shell no longer reads commands: it was replaced by `exec`.
     replaced: bool,
+    /// An interrupt was sent since the last command began.
+    interrupted: bool,
     closing: bool,
     pump_gone: bool,
 }
@@ -144,12 +157,12 @@ struct Shared {
     wake: OwnedFd,
     terminal: Terminal,
     control_pipe: OwnedFd,
+    control: Control,
 }
 
 /// One persistent shell.
 pub(crate) struct Session {
     shared: Arc<Shared>,
-    control: Control,
     pid: u32,
 }
 
@@ -162,7 +175,6 @@ impl Session {
         probe_python: bool,
     ) -> Result<Self, LaunchError> {
         let control = Control::new(launch.flavor, nonce.clone(), probe_python);
-        let opening = control.opening();
         let cwd = launch.cwd.clone();
         let flavor = launch.flavor;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -193,6 +205,7 @@ impl Session {
                     wake,
                     terminal,
                     control_pipe,
+                    control,
                 });
                 let pid = child.id();
                 if tell.send(Ok((Arc::clone(&shared), pid))).is_err() {
@@ -213,13 +226,9 @@ impl Session {
             .unwrap_or_else(|_| Err(LaunchError::Process(io::ErrorKind::Other.into())))?;
         {
             let mut state = shared.lock();
-            shared.write_control(&mut state, opening);
+            shared.write_control(&mut state, shared.control.opening());
         }
-        Ok(Self {
-            shared,
-            control,
-            pid,
-        })
+        Ok(Self { shared, pid })
     }
 
     /// Process id.
@@ -262,21 +271,51 @@ impl Session {
         if std::mem::take(&mut state.input_sent) {
             self.shared.terminal.forget_input();
         }
-        state.seq += 1;
-        state.activity = Activity::Running;
-        state.ending = None;
-        state.begun = false;
-        state.last_output = Instant::now();
-        state.unread.set_limit(output_limit.min(MOST_OUTPUT));
-        // A command that ended unseen: its output comes first.
-        if let Some(finished) = state.finished.take() {
-            let idle = state.take_unread();
-            state.unread.push(finished.output.as_bytes());
-            state.unread.push(idle.0.as_bytes());
+        if state.interrupted {
+            state = self.settle(state)?;
         }
-        let text = self.control.command(state.seq, command, &state.carried);
+        state.next(false);
+        state.unread.set_limit(output_limit.min(MOST_OUTPUT));
+        state.unfinish();
+        let text = self
+            .shared
+            .control
+            .command(state.seq, command, &state.carried);
         self.shared.write_control(&mut state, text);
         Ok(())
+    }
+
+    /// Makes sure that no interrupt is still on its way: it would hit the
+    /// shell while it reads the next command and cut that in two.
+    fn settle<'s>(
+        &'s self,
+        mut state: MutexGuard<'s, State>,
+    ) -> Result<MutexGuard<'s, State>, SessionError> {
+        let carried = state.carried.clone();
+        state.unfinish();
+        state.next(true);
+        let report = self.shared.control.report_line(state.seq);
+        self.shared.write_control(&mut state, report);
+        let deadline = Instant::now() + SETTLE_PATIENCE;
+        while state.activity == Activity::Running {
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(SessionError::Busy);
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, deadline - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        if let Activity::Ended(code) = state.activity {
+            return Err(SessionError::Ended(code));
+        }
+        state.interrupted = false;
+        state.unfinish();
+        state.carried = carried;
+        Ok(state)
     }
 
     /// Waits for the command's end, or what else is asked for, and takes the
@@ -356,17 +395,37 @@ impl Session {
             return Err(SessionError::InputFull);
         }
         state.input_sent = true;
+        state.interrupted |= bytes.iter().any(|b| matches!(b, 0x03 | 0x1c | 0x1a));
         state.input_queue.extend(bytes);
         self.shared.write_input(&mut state);
-        // An interrupt may hit the shell while it reports, and the report
-        // would be lost: give it another line to report with. One waiting is
-        // enough.
-        let interrupts = bytes.iter().any(|b| matches!(b, 0x03 | 0x1c | 0x1a));
-        if interrupts && state.activity == Activity::Running && state.control_queue.is_empty() {
-            let line = self.control.report_line(state.seq);
-            self.shared.write_control(&mut state, line);
+        if state.interrupted {
+            // The pump looks more often from now on.
+            self.shared.wake();
         }
         Ok(())
+    }
+
+    /// Presses C-c until the command ends or the time is over. Shells drop an
+    /// interrupt that hits them in the middle of starting a program, so one is
+    /// not always enough.
+    pub(crate) fn interrupt(&self, timeout: Duration) -> Result<Answer, SessionError> {
+        let deadline = Instant::now() + timeout;
+        let mut so_far = (String::new(), 0);
+        loop {
+            self.input(b"\x03")?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut answer = self.wait(Wait {
+                timeout: left.min(INTERRUPT_AGAIN),
+                quiet: None,
+                until: Until::End,
+            });
+            so_far.0.push_str(&answer.output);
+            so_far.1 += answer.dropped;
+            if answer.state != ShellState::Running || left <= INTERRUPT_AGAIN {
+                (answer.output, answer.dropped) = so_far;
+                return Ok(answer);
+            }
+        }
     }
 
     /// Kills the shell and every process of its session.
@@ -439,11 +498,41 @@ impl Shared {
         }
     }
 
+    /// What the pump has to do. A shell that has read all it was given and
+    /// does not report is asked once more: a signal made it drop its reports.
+    fn duties(&self, looked: &mut Instant) -> Duties {
+        let mut state = self.lock();
+        let mut look_in = None;
+        if state.activity == Activity::Running && !state.replaced {
+            let period = if state.interrupted {
+                LOOK_AFTER_INTERRUPT
+            } else {
+                LOOK
+            };
+            if looked.elapsed() >= period {
+                *looked = Instant::now();
+                let unread = rustix::io::ioctl_fionread(&self.control_pipe);
+                if state.control_queue.is_empty() && unread == Ok(0) {
+                    let report = self.control.report_line(state.seq);
+                    self.write_control(&mut state, report);
+                }
+            }
+            look_in = Some(period.saturating_sub(looked.elapsed()));
+        }
+        Duties {
+            write_control: !state.control_queue.is_empty(),
+            write_input: state.begun && !state.input_queue.is_empty(),
+            watch_control: !state.replaced,
+            closing: state.closing,
+            look_in,
+        }
+    }
+
     fn write_input(&self, state: &mut State) {
         while state.begun && !state.input_queue.is_empty() {
             let written = match rustix::io::write(&self.terminal, state.input_queue.as_slices().0) {
+                Ok(0) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => break,
                 Ok(written) => written,
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => break,
                 Err(_) => state.input_queue.len(),
             };
             state.input_queue.drain(..written);
@@ -477,8 +566,27 @@ impl State {
             input_sent: false,
             begun: true,
             replaced: false,
+            interrupted: false,
             closing: false,
             pump_gone: false,
+        }
+    }
+
+    /// Begins the next numbered conversation with the shell.
+    fn next(&mut self, begun: bool) {
+        self.seq += 1;
+        self.activity = Activity::Running;
+        self.ending = None;
+        self.begun = begun;
+        self.last_output = Instant::now();
+    }
+
+    /// An end that no caller has seen: the output comes before what follows.
+    fn unfinish(&mut self) {
+        if let Some(finished) = self.finished.take() {
+            let idle = self.take_unread().0;
+            self.unread.push(finished.output.as_bytes());
+            self.unread.push(idle.as_bytes());
         }
     }
 
@@ -625,20 +733,13 @@ impl Pump {
     fn serve(mut self) {
         let mut buffer = vec![0; 64 << 10];
         let mut hung_up = false;
+        let mut looked = Instant::now();
         loop {
-            let (writes_control, writes_input, watch_control, closing) = {
-                let state = self.shared.lock();
-                (
-                    !state.control_queue.is_empty(),
-                    state.begun && !state.input_queue.is_empty(),
-                    !state.replaced,
-                    state.closing,
-                )
-            };
-            if self.pidfd.is_none() && (closing || hung_up) {
+            let duties = self.shared.duties(&mut looked);
+            if self.pidfd.is_none() && (duties.closing || hung_up) {
                 break;
             }
-            let ready = self.poll(writes_control, writes_input, watch_control, hung_up);
+            let ready = self.poll(&duties, hung_up);
             if ready.terminal {
                 hung_up = !self.read(&mut buffer);
             } else {
@@ -660,21 +761,18 @@ impl Pump {
         self.shared.changed.notify_all();
     }
 
-    fn poll(&self, control: bool, input: bool, watch_control: bool, hung_up: bool) -> Ready {
+    fn poll(&self, duties: &Duties, hung_up: bool) -> Ready {
         let shared = &self.shared;
         let mut terminal_events = PollFlags::IN;
-        terminal_events.set(PollFlags::OUT, input);
-        let control_events = if control {
-            PollFlags::OUT
-        } else {
-            PollFlags::empty()
-        };
+        terminal_events.set(PollFlags::OUT, duties.write_input);
+        let mut control_events = PollFlags::empty();
+        control_events.set(PollFlags::OUT, duties.write_control);
         let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
         let ended_at = self.pidfd.as_ref().map(|pidfd| {
             fds.push(PollFd::new(pidfd, PollFlags::IN));
             fds.len() - 1
         });
-        let control_at = watch_control.then(|| {
+        let control_at = duties.watch_control.then(|| {
             fds.push(PollFd::new(&shared.control_pipe, control_events));
             fds.len() - 1
         });
@@ -687,11 +785,14 @@ impl Pump {
             ));
             fds.len() - 1
         });
-        let pause = rustix::event::Timespec {
-            tv_sec: 0,
-            tv_nsec: 50_000_000,
+        let patience = match (duties.look_in, hung_up) {
+            (Some(look_in), false) => Some(look_in),
+            (Some(look_in), true) => Some(look_in.min(REOPEN)),
+            (None, true) => Some(REOPEN),
+            (None, false) => None,
         };
-        let outcome = rustix::event::poll(&mut fds, hung_up.then_some(&pause));
+        let patience = patience.and_then(|patience| patience.try_into().ok());
+        let outcome = rustix::event::poll(&mut fds, patience.as_ref());
         if outcome.is_err() {
             return Ready::default();
         }
@@ -759,6 +860,15 @@ impl Pump {
         state.input_queue.clear();
         self.shared.changed.notify_all();
     }
+}
+
+/// What the pump has to do beside reading.
+struct Duties {
+    write_control: bool,
+    write_input: bool,
+    watch_control: bool,
+    closing: bool,
+    look_in: Option<Duration>,
 }
 
 #[derive(Default)]

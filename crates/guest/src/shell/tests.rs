@@ -228,8 +228,8 @@ fn an_interrupt_ends_programs_loops_and_waits() {
             shell.begin(endless, 1 << 20).expect("idle");
             // The terminal acts on the key only once the program is there.
             std::thread::sleep(Duration::from_millis(60));
-            shell.input(b"\x03").expect("input");
-            let (_, code) = ended(shell.wait(seconds(5)), endless);
+            let answer = shell.interrupt(Duration::from_secs(5)).expect("alive");
+            let (_, code) = ended(answer, endless);
             assert_eq!(code, 130, "{endless}");
             assert_eq!(run(shell, "echo ok").0, "ok\n");
         }
