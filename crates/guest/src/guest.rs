@@ -4,6 +4,7 @@ use crate::api::openhands;
 use crate::edit::Editor;
 use crate::http::{Request, Response, Service, serve};
 use crate::process::{Commands, Processes, Settings};
+use crate::shell::Shells;
 use crate::sync::lock;
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -29,6 +30,8 @@ pub struct Guest {
     pub editor: Editor,
     /// What the OpenHands 1.x dialect remembers.
     pub openhands: openhands::State,
+    /// Persistent shells, those of the clients' dialects included.
+    pub shells: Shells,
     session_key: Mutex<Option<String>>,
     started: Instant,
     /// Milliseconds after `started` of the last request that counts as use.
@@ -43,6 +46,7 @@ impl Guest {
             commands: Commands::default(),
             editor: Editor::new(),
             openhands: openhands::State::default(),
+            shells: Shells::default(),
             session_key: Mutex::new(config.session_key),
             started: Instant::now(),
             last_use: AtomicU64::new(0),

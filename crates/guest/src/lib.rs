@@ -8,6 +8,9 @@
 //! ends commands; [`file`] reads and writes files; [`edit`], [`search`] and
 //! [`git`] are tools of agents; [`http`] speaks HTTP; [`api`] joins them into
 //! routes, one module per client family.
+//! ends commands; [`shell`] keeps shells that last; [`edit`] and [`search`]
+//! are tools of agents; [`http`] speaks HTTP; [`api`] joins them into routes, one
+//! module per client family.
 
 pub mod api;
 pub mod edit;
@@ -18,6 +21,7 @@ pub mod http;
 pub mod init;
 pub mod process;
 pub mod search;
+pub mod shell;
 pub mod sync;
 
 pub use guest::{Config, Guest};
@@ -36,4 +40,3 @@ pub fn random_id() -> String {
     }
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
-pub mod shell;

@@ -375,6 +375,10 @@ pub struct ShellSpec {
     /// Its name; made up when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// Path of the shell; absent: the image's bash, else its sh. Other shells
+    /// must be POSIX shells with `-i`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<String>,
     /// Working directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
@@ -444,6 +448,8 @@ pub struct ShellInfo {
     pub busy: bool,
     /// Whether it lives.
     pub alive: bool,
+    /// Another program took its place (`exec`); it takes no commands.
+    pub replaced: bool,
 }
 
 /// Runs a command line in a persistent shell.
@@ -491,11 +497,15 @@ pub enum Keys {
 }
 
 /// Asks for output not yet returned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ShellRead {
     /// Wait so long for output or the command's end.
     #[serde(default)]
     pub wait_ms: u64,
+    /// Wait not for any output but for one of these texts; the output ends
+    /// before the first found.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expect: Vec<String>,
 }
 
 /// What a shell printed since the last answer.
@@ -511,6 +521,9 @@ pub struct ShellOutput {
     /// The shell's working directory, when the shell is idle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
+    /// Which of the expected texts was found, counted from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found: Option<u32>,
 }
 
 /// What became of a shell's command.

@@ -2,6 +2,7 @@
 
 mod commands;
 mod files;
+mod shells;
 mod terminal;
 mod tools;
 
@@ -35,6 +36,7 @@ pub(super) fn route(guest: &Arc<Guest>, request: &mut Request<'_>, rest: &str) -
         (_, ["file", rest @ ..]) => files::route(guest, request, &method, rest),
         ("PUT", ["tar"]) => files::unpack(guest, request),
         ("GET", ["tar"]) => files::pack(guest, request),
+        (_, ["shells", rest @ ..]) => shells::route(guest, request, &method, rest),
         _ => Err(unknown(&method, rest)),
     }
 }

@@ -371,6 +371,15 @@ impl Command {
         }
     }
 
+    /// Kills what a finished command has left running in its session.
+    pub fn end_leftovers(&self) {
+        if let Some(shared) = self.shared.upgrade()
+            && self.is_finished()
+        {
+            shared.kill_leftovers(self);
+        }
+    }
+
     /// Changes the size of its terminal; does nothing for pipes.
     pub fn resize(&self, columns: u16, rows: u16) {
         let state = self.lock();

@@ -304,6 +304,18 @@ impl Shared {
         }
     }
 
+    /// Kills the members of a finished command. A living process with the
+    /// leader's id is another one: then nobody can be told apart.
+    pub(super) fn kill_leftovers(&self, command: &Command) {
+        tree::kill_all(|| {
+            let all = tree::snapshot();
+            if tree::is_alive(&all, command.pid) {
+                return Vec::new();
+            }
+            self.members(&all, command)
+        });
+    }
+
     /// Signals all processes of a command; false when it has finished.
     pub(super) fn signal(&self, command: &Command, signal: i32) -> bool {
         let state = command.lock();

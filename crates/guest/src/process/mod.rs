@@ -19,7 +19,7 @@ mod registry;
 mod spawn;
 mod spec;
 mod table;
-mod terminal;
+pub(crate) mod terminal;
 pub mod text;
 mod tree;
 
@@ -29,5 +29,6 @@ pub use oom::OomCounter;
 pub use prepare::Environment;
 pub use processes::Processes;
 pub use reactor::{Event, Settings};
+pub use spawn::SCRIPT_DESCRIPTOR;
 pub use spec::{Input, Keep, Spec, Stdio};
 pub use table::{Commands, TableFull};

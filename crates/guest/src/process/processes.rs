@@ -5,7 +5,7 @@ use super::command::{Channel, Command, InputPipe, Stage, State, Stream};
 use super::error::SpawnError;
 use super::prepare::{Prepared, lossy, prepare};
 use super::reactor::{LEASE, Settings, Shared};
-use super::spawn::{self, Failure, Setup, Step};
+use super::spawn::{self, Failure, SCRIPT_DESCRIPTOR, Setup, Step};
 use super::spec::{Input, Keep, Spec, Stdio};
 use super::terminal;
 use crate::sync::lock;
@@ -136,6 +136,38 @@ impl Processes {
 
     /// Starts a command.
     pub fn spawn(&self, spec: &Spec) -> Result<Arc<Command>, SpawnError> {
+        self.start_command(spec, None, || plumb(&spec.input, spec.stdio))
+    }
+
+    /// Starts a command whose streams the caller looks after: nothing of its
+    /// output is kept here. `script` becomes its descriptor
+    /// [`SCRIPT_DESCRIPTOR`].
+    pub fn spawn_on(
+        &self,
+        spec: &Spec,
+        streams: [OwnedFd; 3],
+        script: Option<OwnedFd>,
+    ) -> Result<Arc<Command>, SpawnError> {
+        // Out of the way of the number it will get.
+        let script = script
+            .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, SCRIPT_DESCRIPTOR + 1))
+            .transpose()
+            .map_err(resources("a descriptor"))?;
+        self.start_command(spec, script.as_ref(), || {
+            Ok(Plumbing {
+                theirs: streams,
+                input: None,
+                outputs: [None, None],
+            })
+        })
+    }
+
+    fn start_command(
+        &self,
+        spec: &Spec,
+        script: Option<&OwnedFd>,
+        plumb: impl FnOnce() -> Result<Plumbing, SpawnError>,
+    ) -> Result<Arc<Command>, SpawnError> {
         let cwd = self.directory(spec.cwd.as_deref());
         let environment = &self.shared.settings.environment;
         let prepared = prepare(&spec.program, environment, &spec.env, spec.clear_env, &cwd)?;
@@ -157,10 +189,11 @@ impl Processes {
         };
         let oom_baseline = self.shared.settings.oom.kills();
         let started = Instant::now();
-        let spawned = plumb(&spec.input, spec.stdio).and_then(|plumbing| {
+        let spawned = plumb().and_then(|plumbing| {
             let setup = Setup {
                 stdio: [0, 1, 2].map(|i: usize| plumbing.theirs[i].as_raw_fd()),
                 terminal: matches!(spec.stdio, Stdio::Terminal { .. }),
+                script: script.map(AsRawFd::as_raw_fd),
                 user: spec.user.filter(|user| !is_own(*user)),
                 open_files: self.shared.settings.open_files,
             };

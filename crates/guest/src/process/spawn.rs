@@ -13,6 +13,10 @@ use std::sync::atomic::AtomicI32;
 /// Stack of the child until it executes the program, in bytes.
 const CHILD_STACK: usize = 32 * 1024;
 
+/// Number of the one descriptor beside the standard streams that a process
+/// can be given.
+pub const SCRIPT_DESCRIPTOR: RawFd = 9;
+
 /// Commands are offered to the out-of-memory killer before the guest: losing
 /// the guest is losing the sandbox.
 const OOM_SCORE: &[u8] = b"300";
@@ -40,8 +44,10 @@ pub(super) struct Failure {
 pub(super) struct Setup {
     /// Become descriptors 0, 1 and 2; each is 3 or more.
     pub(super) stdio: [RawFd; 3],
-    /// Make descriptor 0 the controlling terminal.
+    /// Make descriptor 2 the controlling terminal.
     pub(super) terminal: bool,
+    /// Becomes [`SCRIPT_DESCRIPTOR`]; greater than that.
+    pub(super) script: Option<RawFd>,
     /// Take on this user.
     pub(super) user: Option<UserGroup>,
     /// Soft limit of open files to go back to.
@@ -152,7 +158,7 @@ unsafe fn execute(job: &Job<'_>) -> Failure {
             return fail(Step::Session);
         }
         if job.setup.terminal
-            && libc::syscall(libc::SYS_ioctl, job.setup.stdio[0], libc::TIOCSCTTY, 0) < 0
+            && libc::syscall(libc::SYS_ioctl, job.setup.stdio[2], libc::TIOCSCTTY, 0) < 0
         {
             return fail(Step::Terminal);
         }
@@ -161,9 +167,22 @@ unsafe fn execute(job: &Job<'_>) -> Failure {
                 return fail(Step::Descriptors);
             }
         }
+        let mut first_closed = 3;
+        if let Some(script) = job.setup.script {
+            if libc::syscall(libc::SYS_dup3, script, SCRIPT_DESCRIPTOR, 0) < 0 {
+                return fail(Step::Descriptors);
+            }
+            libc::syscall(libc::SYS_close_range, 3, SCRIPT_DESCRIPTOR - 1, 0);
+            first_closed = SCRIPT_DESCRIPTOR + 1;
+        }
         // Everything of the guest is close-on-exec; this also catches what a
         // library may have forgotten. Absent before Linux 5.9.
-        libc::syscall(libc::SYS_close_range, 3, c_long::from(u32::MAX), 0);
+        libc::syscall(
+            libc::SYS_close_range,
+            first_closed,
+            c_long::from(u32::MAX),
+            0,
+        );
         raise_oom_score();
         if let Some(limit) = &job.setup.open_files {
             libc::syscall(

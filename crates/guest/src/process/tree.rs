@@ -70,6 +70,12 @@ pub(super) fn snapshot() -> Vec<Process> {
         .collect()
 }
 
+/// Whether a process of this id lives.
+pub(super) fn is_alive(all: &[Process], pid: i32) -> bool {
+    all.iter()
+        .any(|process| process.pid == pid && !process.is_dead())
+}
+
 /// The living members of a command among `all`, the leader first if it lives:
 /// it should know that it is told to end before its children fail it.
 pub(super) fn members(all: &[Process], leader: i32) -> Vec<Process> {

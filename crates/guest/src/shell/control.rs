@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_text_of_a_command_holds_no_finished_mark() {
-        let control = Control::new(Flavor::Bash, Nonce::from_u64(7), true);
+        let control = Control::new(Flavor::Bash, Nonce::new("0000000000000007"), true);
         let text = control.command(3, "echo hi", &Carried::default());
         let text = String::from_utf8(text.concat()).expect("text");
         // Only the prompt is spelled with real bytes, and it is never
@@ -223,14 +223,14 @@ mod tests {
 
     #[test]
     fn a_report_fits_into_one_packet() {
-        let control = Control::new(Flavor::Bash, Nonce::from_u64(7), true);
+        let control = Control::new(Flavor::Bash, Nonce::new("0000000000000007"), true);
         assert_eq!(control.report_line(u64::MAX).len(), 1);
     }
 
     #[test]
     fn only_flags_that_would_disturb_reports_are_carried() {
         assert_eq!(carried_flags("ehimxBHs"), "ex");
-        let control = Control::new(Flavor::Posix, Nonce::from_u64(7), false);
+        let control = Control::new(Flavor::Posix, Nonce::new("0000000000000007"), false);
         let carried = Carried {
             status: 3,
             flags: "e".into(),

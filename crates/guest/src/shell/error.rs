@@ -1,10 +1,9 @@
 //! Why a persistent shell could not do what was asked.
 
-use super::pty::LaunchError;
 use super::session::SessionError;
+use crate::process::SpawnError;
 use skyrl_protocol::guest::ErrorCode;
 use std::fmt;
-use std::io;
 
 /// Why a persistent shell could not do what was asked.
 #[derive(Debug)]
@@ -31,17 +30,8 @@ pub enum ShellError {
     Unusable(&'static str),
     /// Too much input waits to be read by the program in the foreground.
     InputFull,
-    /// No pseudo-terminal could be made.
-    Terminal(io::Error),
     /// The process could not be started.
-    Start {
-        /// Path of the shell.
-        program: String,
-        /// Its working directory.
-        cwd: String,
-        /// Why.
-        source: io::Error,
-    },
+    Start(SpawnError),
     /// Its start files did not end in time.
     StartTimeout {
         /// What they printed.
@@ -60,12 +50,7 @@ impl ShellError {
             }
             Self::NotFound(_) => ErrorCode::NotFound,
             Self::Unusable(_) => ErrorCode::BadRequest,
-            Self::Start { source, .. } => match source.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorCode::BadRequest,
-                io::ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
-                _ => ErrorCode::Io,
-            },
-            Self::Terminal(_) => ErrorCode::Io,
+            Self::Start(_) => ErrorCode::Io,
         }
     }
 
@@ -79,22 +64,16 @@ impl ShellError {
             Self::Busy => "read on until it ends, send it input, or interrupt it",
             Self::Ended(_) => "delete the shell and create it again",
             Self::InputFull => "wait until the program reads, or interrupt it",
-            Self::Terminal(_) => "mount devpts at /dev/pts in the sandbox",
             Self::StartTimeout { .. } => "repair the start files, or start the shell without them",
-            Self::Start { .. } | Self::Unusable(_) => return None,
+            Self::Start(error) => return error.hint(),
+            Self::Unusable(_) => return None,
         })
     }
+}
 
-    /// From a failed launch.
-    pub(super) fn launch(error: LaunchError, program: &str, cwd: &str) -> Self {
-        match error {
-            LaunchError::Terminal(source) => Self::Terminal(source),
-            LaunchError::Process(source) => Self::Start {
-                program: program.to_owned(),
-                cwd: cwd.to_owned(),
-                source,
-            },
-        }
+impl From<SpawnError> for ShellError {
+    fn from(error: SpawnError) -> Self {
+        Self::Start(error)
     }
 }
 
@@ -122,12 +101,7 @@ impl fmt::Display for ShellError {
             Self::Ended(code) => write!(f, "the shell has ended with exit code {code}"),
             Self::Unusable(why) => f.write_str(why),
             Self::InputFull => f.write_str("the program does not read its input"),
-            Self::Terminal(source) => write!(f, "no pseudo-terminal could be made: {source}"),
-            Self::Start {
-                program,
-                cwd,
-                source,
-            } => write!(f, "{program} could not be started in {cwd}: {source}"),
+            Self::Start(error) => write!(f, "the shell could not be started: {error}"),
             Self::StartTimeout { output } => {
                 write!(f, "the shell's start files did not end in time")?;
                 if !output.is_empty() {

@@ -9,7 +9,8 @@
 //! guessed, nothing is polled, and an answer can't belong to another command:
 //! marks carry the command's number.
 //!
-//! [`session`] holds one shell's state, [`pty`] the process and its terminal,
+//! [`session`] is one shell to its callers, [`pump`] the thread that serves its
+//! terminal, [`state`] what both know, [`pty`] the process and its terminal;
 //! [`text`] turns terminal bytes into bounded text, [`startup`] decides which
 //! shell and which start files. Nothing here knows HTTP or a client's
 //! dialect.
@@ -19,24 +20,25 @@ mod error;
 mod keys;
 mod mark;
 mod pty;
+mod pump;
 mod session;
 mod startup;
-#[cfg(test)]
-mod tests;
+mod state;
 mod text;
 
 pub use error::ShellError;
 pub(crate) use keys::key_bytes;
-pub(crate) use session::{Answer, Facts, Until, Wait};
+pub(crate) use session::{Answer, Until, Wait};
 
+use crate::process::Processes;
+use crate::sync::lock;
 use control::Flavor;
 use mark::Nonce;
 use pty::Launch;
 use session::Session;
 use skyrl_protocol::guest::{ShellInfo, ShellSpec, ShellState};
-use std::collections::{BTreeMap, HashMap};
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// Most shells alive at a time.
@@ -55,17 +57,22 @@ pub(crate) struct Shell {
     session: Session,
 }
 
-/// What a shell is started with beside its [`ShellSpec`].
-#[derive(Debug, Clone)]
-pub(crate) struct Surroundings {
-    /// The sandbox's environment, which the specification's is added to.
-    pub(crate) env: BTreeMap<String, String>,
-    /// Working directory when the specification has none.
-    pub(crate) cwd: String,
+/// What dialects want of a shell beside its [`ShellSpec`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Extras {
     /// Learn after each command which `python` the shell would run.
     pub(crate) probe_python: bool,
     /// How long start files may take.
     pub(crate) patience: Duration,
+}
+
+impl Default for Extras {
+    fn default() -> Self {
+        Self {
+            probe_python: false,
+            patience: START_PATIENCE,
+        }
+    }
 }
 
 /// All persistent shells of the guest, by name.
@@ -85,18 +92,19 @@ impl Shells {
     /// they printed.
     pub(crate) fn create(
         &self,
+        processes: &Processes,
         spec: &ShellSpec,
-        surroundings: Surroundings,
+        extras: Extras,
     ) -> Result<(Arc<Shell>, String), ShellError> {
         let id = match &spec.id {
             Some(id) if id.is_empty() || id.len() > LONGEST_ID => {
                 return Err(ShellError::Unusable("a shell's name has 1 to 256 bytes"));
             }
             Some(id) => id.clone(),
-            None => format!("{:016x}", random()?),
+            None => crate::random_id(),
         };
         self.reserve(&id)?;
-        let started = Shell::start(id.clone(), spec, surroundings);
+        let started = Shell::start(id.clone(), processes, spec, extras);
         let mut table = self.lock();
         match started {
             Ok((shell, output)) => {
@@ -174,80 +182,79 @@ impl Shells {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Shell>>>> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 }
 
 impl Shell {
     fn start(
         id: String,
+        processes: &Processes,
         spec: &ShellSpec,
-        surroundings: Surroundings,
+        extras: Extras,
     ) -> Result<(Self, String), ShellError> {
-        let mut env = surroundings.env;
-        env.extend(spec.env.iter().map(|(k, v)| (k.clone(), v.clone())));
-        if env
-            .iter()
-            .any(|(k, v)| k.contains(['\0', '=']) || k.is_empty() || v.contains('\0'))
-        {
-            return Err(ShellError::Unusable(
-                "a variable's name is not empty and holds neither NUL nor =, its value no NUL",
-            ));
-        }
-        let path = env.get("PATH").cloned().unwrap_or_default();
-        let found = startup::find(&path, startup::is_program, startup::target_of)
-            .map_err(|looked_for| ShellError::NoShell { looked_for })?;
+        let mut env = spec.env.clone();
+        let base = &processes.settings().environment;
+        let variable = |name: &str| {
+            spec.env
+                .get(name)
+                .map_or_else(|| base.get(name), |v| Some(v))
+        };
+        let path = variable("PATH").unwrap_or_default();
+        let found = match &spec.program {
+            Some(program) => startup::named(program, startup::target_of),
+            None => startup::find(path, startup::is_program, startup::target_of)
+                .map_err(|looked_for| ShellError::NoShell { looked_for })?,
+        };
         let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
         let uid = spec
             .user
             .map_or_else(|| rustix::process::getuid().as_raw(), |user| user.uid);
         let account = startup::account(uid, &passwd);
-        startup::complete_env(&mut env, &account, spec.user.is_some(), &found.program);
+        let has = |name: &str| base.get(name).is_some();
+        startup::complete_env(&mut env, has, &account, spec.user.is_some(), &found.program);
         let env_file = match found.flavor {
-            Flavor::Posix => env.remove("ENV"),
+            Flavor::Posix => variable("ENV").filter(|file| !file.is_empty()),
             Flavor::Bash => None,
         };
-        let script = startup::script(found.flavor, spec.startup, env_file.as_deref(), &path);
-        let cwd = spec.cwd.clone().unwrap_or(surroundings.cwd);
+        let script = startup::script(found.flavor, spec.startup, env_file, path);
+        if env_file.is_some() {
+            // Empty: the shell must not read it by itself.
+            env.insert("ENV".into(), String::new());
+        }
+        let cwd = processes.directory(spec.cwd.as_deref());
+        let cwd = cwd.to_string_lossy().into_owned();
         env.insert("PWD".into(), cwd.clone());
         let launch = Launch {
             program: found.program.clone(),
             flavor: found.flavor,
-            env: env.into_iter().collect(),
-            cwd: cwd.clone(),
-            user: spec.user.map(|user| (user.uid, user.gid)),
+            env,
+            cwd,
+            user: spec.user,
             size: (spec.columns.unwrap_or(200), spec.rows.unwrap_or(50)),
             echo: spec.echo,
         };
-        let nonce = Nonce::from_u64(random()?);
-        let session = Session::start(launch, spec.text, nonce, surroundings.probe_python)
-            .map_err(|error| ShellError::launch(error, &found.program, &cwd))?;
+        let nonce = Nonce::new(&crate::random_id());
+        let session = Session::start(processes, &launch, spec.text, nonce, extras.probe_python)?;
         let shell = Self {
             id,
             program: found.program,
             session,
         };
-        let output = shell.read_start_files(&script, surroundings.patience)?;
+        let output = shell.read_start_files(&script, extras.patience)?;
         Ok((shell, output))
     }
 
     /// Runs the first command, which also proves that the shell answers.
     fn read_start_files(&self, script: &str, patience: Duration) -> Result<String, ShellError> {
         self.session.begin(script, 64 << 10)?;
-        let wait = |timeout| Wait {
-            timeout,
-            quiet: None,
-            until: Until::End,
-        };
-        let answer = self.session.wait(wait(patience));
+        let answer = self.session.wait(Wait::for_end(patience, None));
         match answer.state {
             ShellState::Completed { .. } => Ok(answer.output),
             ShellState::Exited { exit_code } => Err(ShellError::Ended(exit_code)),
             _ => {
-                self.session.input(b"\x03")?;
                 let mut output = answer.output;
-                let answer = self.session.wait(wait(INTERRUPT_PATIENCE));
-                output.push_str(&answer.output);
+                output.push_str(&self.session.interrupt(INTERRUPT_PATIENCE)?.output);
                 Err(ShellError::StartTimeout { output })
             }
         }
@@ -262,10 +269,11 @@ impl Shell {
     pub(crate) fn info(&self) -> ShellInfo {
         ShellInfo {
             id: self.id.clone(),
-            pid: i32::try_from(self.session.pid()).unwrap_or(-1),
+            pid: self.session.pid(),
             shell: self.program.clone(),
             busy: self.session.is_busy(),
             alive: self.session.is_alive(),
+            replaced: self.session.is_replaced(),
         }
     }
 
@@ -283,17 +291,5 @@ impl Shell {
     ) -> Result<Answer, ShellError> {
         self.session.begin(command, output_limit)?;
         Ok(self.session.wait(wait))
-    }
-}
-
-/// 64 random bits.
-fn random() -> Result<u64, ShellError> {
-    let mut bytes = [0u8; 8];
-    // SAFETY: the buffer is valid for as many bytes as are asked for.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if usize::try_from(got) == Ok(bytes.len()) {
-        Ok(u64::from_ne_bytes(bytes))
-    } else {
-        Err(ShellError::Terminal(io::Error::last_os_error()))
     }
 }

@@ -48,15 +48,21 @@ pub(crate) fn find(
         });
     }
     let program = find("sh").ok_or_else(|| format!("bash and sh in {}", directories.join(":")))?;
-    match target_of(&program) {
-        Some(target) if target.ends_with("/bash") => Ok(Found {
+    Ok(named(&program, target_of))
+}
+
+/// The shell at a path; whether it is bash is told by its file's name.
+pub(crate) fn named(program: &str, target_of: impl Fn(&str) -> Option<String>) -> Found {
+    match target_of(program) {
+        // By its own name: as `sh` it would hold itself back.
+        Some(target) if target.ends_with("/bash") => Found {
             program: target,
             flavor: Flavor::Bash,
-        }),
-        _ => Ok(Found {
-            program,
+        },
+        _ => Found {
+            program: program.to_owned(),
             flavor: Flavor::Posix,
-        }),
+        },
     }
 }
 
@@ -93,15 +99,17 @@ pub(crate) fn account(uid: u32, passwd: &str) -> Account {
         })
 }
 
-/// Adds what a login would set and the environment lacks.
+/// Adds what a login would set and the environment lacks; `base` tells what
+/// the environment has before `env` is added.
 pub(crate) fn complete_env(
     env: &mut BTreeMap<String, String>,
+    base: impl Fn(&str) -> bool,
     account: &Account,
     switched_user: bool,
     program: &str,
 ) {
-    let mut set = |name: &str, value: &str, override_it: bool| {
-        if override_it || !env.contains_key(name) {
+    let mut set = |name: &str, value: &str, even_so: bool| {
+        if !env.contains_key(name) && (even_so || !base(name)) {
             env.insert(name.to_owned(), value.to_owned());
         }
     };
@@ -110,11 +118,6 @@ pub(crate) fn complete_env(
     set("LOGNAME", &account.name, switched_user);
     set("SHELL", program, false);
     set("TERM", "xterm-256color", false);
-    set(
-        "PATH",
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        false,
-    );
 }
 
 /// The command that reads the start files; empty when there is nothing to do.

@@ -142,9 +142,9 @@ enum Escape {
     /// Past the first parameter of a control sequence.
     ControlMore(Option<u16>),
     /// In a control string, so many bytes long.
-    Text(usize),
+    String(usize),
     /// In a control string, after ESC.
-    TextEscape(usize),
+    StringEnd(usize),
 }
 
 /// Turns terminal bytes into text.
@@ -243,7 +243,7 @@ impl Renderer {
     fn continue_escape(&mut self, byte: u8, store: &mut HeadTail) {
         self.escape = match (self.escape, byte) {
             (Escape::Begun, b'[') => Escape::Control(None),
-            (Escape::Begun, b']' | b'P' | b'X' | b'^' | b'_') => Escape::Text(0),
+            (Escape::Begun, b']' | b'P' | b'X' | b'^' | b'_') => Escape::String(0),
             (Escape::Begun | Escape::Intermediate, 0x20..=0x2f) => Escape::Intermediate,
             (Escape::Begun | Escape::Intermediate, 0x30..=0x7e) => Escape::None,
             (Escape::Control(value), b'0'..=b'9') => {
@@ -261,13 +261,13 @@ impl Renderer {
                 }
                 Escape::None
             }
-            (Escape::Text(_), 0x07) | (Escape::TextEscape(_), b'\\') => Escape::None,
-            (Escape::Text(length), 0x1b) => Escape::TextEscape(length),
-            (Escape::Text(length), byte) if byte != b'\n' && length < LONGEST_CONTROL_STRING => {
-                Escape::Text(length + 1)
+            (Escape::String(_), 0x07) | (Escape::StringEnd(_), b'\\') => Escape::None,
+            (Escape::String(length), 0x1b) => Escape::StringEnd(length),
+            (Escape::String(length), byte) if byte != b'\n' && length < LONGEST_CONTROL_STRING => {
+                Escape::String(length + 1)
             }
             // Another escape sequence, or a byte that belongs to none.
-            (Escape::TextEscape(_), byte) => {
+            (Escape::StringEnd(_), byte) => {
                 self.escape = Escape::Begun;
                 return self.continue_escape(byte, store);
             }
