@@ -141,6 +141,9 @@ pub struct StartPlan {
     /// Where the zygote binds the guest's listening socket, on the host. The
     /// guest inherits it as descriptor 3.
     pub socket: PathBuf,
+    /// Host file that counts kills for lack of memory; the guest inherits it
+    /// read-only as descriptor 4.
+    pub oom_counter: Option<PathBuf>,
     /// Working directory of the guest inside the sandbox; made if missing.
     pub workdir: String,
     /// User of the guest inside the sandbox.

@@ -12,6 +12,7 @@ pub mod error;
 pub mod guest_client;
 pub mod image;
 pub mod podman;
+pub mod native;
 pub mod probe;
 pub mod programs;
 pub mod rootfs;
@@ -19,6 +20,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod tree;
+pub mod watchdog;
 
 pub use context::EngineContext;
 pub use engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};

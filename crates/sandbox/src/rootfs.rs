@@ -270,6 +270,18 @@ impl Rootfs {
         }
     }
 
+    /// Mounts it where a program does that, so that a sandbox can be started
+    /// on [`Rootfs::root`]; what the sandbox mounts itself is left to it.
+    ///
+    /// # Errors
+    /// As [`Rootfs::mount`].
+    pub fn mount_outside(&self) -> Result<(), EngineError> {
+        match self.method {
+            RootMethod::FuseOverlay => self.mount(),
+            _ => Ok(()),
+        }
+    }
+
     fn mount_overlay(&self) -> Result<(), EngineError> {
         Overlay {
             lowers: &self.lowers,

@@ -19,11 +19,12 @@ use skyrl_zygote::process::identity;
 use skyrl_zygote::sealed::sealed_copy;
 use skyrl_zygote::seccomp::Filters;
 use skyrl_zygote::server::Server;
+use skyrl_zygote::setup::OOM_COUNTER;
 use skyrl_zygote::spawn::{Parent, listen_on};
 use skyrl_zygote::step::{Failed, Step, check};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -102,6 +103,7 @@ fn print_findings(dir: &Path) -> Result<(), Failed> {
 }
 
 fn serve(dir: &Path, guest: &Path, grace: Duration) -> Result<(), Failed> {
+    let _reserved = reserve_low_descriptors()?;
     let lock = lock(dir)?;
     raise_descriptor_limit();
     let guest = sealed_copy(guest)?;
@@ -165,6 +167,21 @@ fn lock(dir: &Path) -> Result<File, Failed> {
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
         .step("being the only zygote with", &path)?;
     Ok(file)
+}
+
+/// Keeps the numbers that descriptors have inside sandboxes from being used
+/// here: clones put theirs there.
+fn reserve_low_descriptors() -> Result<Vec<OwnedFd>, Failed> {
+    let null = Path::new("/dev/null");
+    let mut reserved = Vec::new();
+    loop {
+        let fd = rustix::fs::open(null, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .step("opening", null)?;
+        if fd.as_raw_fd() > OOM_COUNTER {
+            return Ok(reserved);
+        }
+        reserved.push(fd);
+    }
 }
 
 /// Each sandbox takes two descriptors.

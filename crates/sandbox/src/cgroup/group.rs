@@ -210,6 +210,23 @@ impl Group {
         self.find(Controller::Memory)
     }
 
+    /// The file that counts kills for lack of memory.
+    pub fn oom_counter(&self) -> Option<PathBuf> {
+        let name = if self.is_v1(Controller::Memory) {
+            "memory.oom_control"
+        } else {
+            "memory.events"
+        };
+        self.memory_directory().map(|dir| dir.join(name))
+    }
+
+    /// The v1 freezer's control file.
+    pub fn v1_freezer_state(&self) -> Option<PathBuf> {
+        self.v1
+            .get(&Controller::Freezer)
+            .map(|dir| dir.join("freezer.state"))
+    }
+
     /// Moves a process, with all its threads, into the groups.
     ///
     /// # Errors

@@ -26,6 +26,9 @@ use std::path::Path;
 /// The guest's listening socket inside the sandbox.
 pub const LISTENER: i32 = 3;
 
+/// The counter of kills for lack of memory inside the sandbox.
+pub const OOM_COUNTER: i32 = 4;
+
 /// What the zygote hands to its clones.
 #[derive(Debug, Clone, Copy)]
 pub struct Inherited<'a> {
@@ -33,6 +36,8 @@ pub struct Inherited<'a> {
     pub guest: BorrowedFd<'a>,
     /// The guest's listening socket.
     pub listener: BorrowedFd<'a>,
+    /// The counter of kills for lack of memory, if there is one.
+    pub oom_counter: Option<BorrowedFd<'a>>,
     /// Where the guest's own words go.
     pub output: BorrowedFd<'a>,
     /// The zygote, to notice its death.
@@ -210,7 +215,8 @@ fn limit_resources(plan: &StartPlan) -> Result<(), Failed> {
 }
 
 /// Standard input is empty, output and errors go to the zygote, the listening
-/// socket is descriptor 3, and nothing else survives the execution.
+/// socket and the counter have their numbers, and nothing else survives the
+/// execution.
 fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
     let null = fs::File::open("/dev/null").step("opening", Path::new("/dev/null"))?;
     // Out of the way of 0..=3 first, whatever their numbers are.
@@ -218,12 +224,23 @@ fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
     let null = high(null.as_fd()).step("duplicating", "standard input")?;
     let output = high(inherited.output).step("duplicating", "standard output")?;
     let listener = high(inherited.listener).step("duplicating", "the listening socket")?;
-    for (from, to) in [
+    let mut places = vec![
         (&null, 0),
         (&output, 1),
         (&output, 2),
         (&listener, LISTENER),
-    ] {
+    ];
+    let counter = inherited
+        .oom_counter
+        .map(high)
+        .transpose()
+        .step("duplicating", "the counter of kills")?;
+    let mut first_closed = LISTENER + 1;
+    if let Some(counter) = &counter {
+        places.push((counter, OOM_COUNTER));
+        first_closed = OOM_COUNTER + 1;
+    }
+    for (from, to) in places {
         // SAFETY: duplicates onto numbers that nothing owned in this process
         // uses afterwards.
         check(unsafe { libc::dup2(from.as_raw_fd(), to) }.into())
@@ -238,6 +255,7 @@ fn close_on_exec_above(last: i32) -> Result<(), Failed> {
         libc::syscall(
             libc::SYS_close_range,
             last as u32 + 1,
+            first_closed as u32,
             u32::MAX,
             libc::CLOSE_RANGE_CLOEXEC,
         )
