@@ -223,7 +223,8 @@ pub enum RootPlan {
     },
 }
 
-/// A file to be written inside the root, replacing what is there.
+/// A file to be written inside the root, replacing what is there, where the
+/// image's permissions allow that.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilePlan {
     /// Absolute path inside; its directory is made if missing.

@@ -13,18 +13,17 @@ use crate::cgroup::group::Frozen;
 use crate::context::EngineContext;
 use crate::engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 use crate::error::EngineError;
-use crate::image::{Image, ImageRef};
+use crate::image::{Image, ImageRef, ImageStore};
 use crate::rootfs::{RootMethod, Rootfs};
 use crate::snapshot::Snapshots;
 use crate::spec::SandboxSpec;
-use crate::state::make_dir;
+use crate::state::{OwnerDir, make_dir};
 use crate::tree::CopyOptions;
 use crate::watchdog::{Overrun, ProcessTree, Subject, Watchdog};
 use async_trait::async_trait;
 use rustix::process::Signal;
 use skyrl_protocol::{SandboxId, SnapshotId};
 use std::collections::HashMap;
-use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -230,7 +229,6 @@ impl NativeEngine {
         let bounds = self.enforcement(&record.spec)?.bounds;
         let (owner, entry) = (Arc::clone(&self.context.owner), Arc::clone(entry));
         blocking(move || {
-            record.write(&owner, &entry.id)?;
             record.rootfs.create()?;
             record.rootfs.mount_outside()?;
             record.group.create(&bounds)?;
@@ -255,10 +253,18 @@ impl NativeEngine {
             record.rootfs.unmount()?;
             record.group.remove(GROUP_LIMIT)?;
             lock(&trash).take(&owner.sandbox(&id))?;
-            images.unmark(owner.owner(), &id)?;
-            Ok(snapshots.release(&id)?)
+            release(&owner, &images, &snapshots, &id)
         })
         .await
+    }
+
+    /// Gives up what [`NativeEngine::image`] took.
+    async fn release_image(&self, id: &SandboxId) -> Result<(), EngineError> {
+        let owner = Arc::clone(&self.context.owner);
+        let images = Arc::clone(&self.context.images);
+        let snapshots = Arc::clone(&self.snapshots);
+        let id = id.clone();
+        blocking(move || release(&owner, &images, &snapshots, &id)).await
     }
 
     /// Ends a sandbox's processes; returns when they are gone.
@@ -359,6 +365,16 @@ fn tell(books: &Books, id: &SandboxId, overrun: Overrun) {
     }
 }
 
+fn release(
+    owner: &OwnerDir,
+    images: &ImageStore,
+    snapshots: &Snapshots,
+    id: &SandboxId,
+) -> Result<(), EngineError> {
+    images.unmark(owner.owner(), id)?;
+    Ok(snapshots.release(id)?)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -378,20 +394,10 @@ impl Engine for NativeEngine {
         self.enforcement(spec)?;
         super::network::plan(spec.network, self.user_namespace())?;
         let dir = self.context.owner.sandbox(id);
-        match std::fs::create_dir(&dir) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(EngineError::Exists(id.clone()));
-            }
-            Err(error) => return Err(EngineError::step("making", dir.display(), error)),
+        if dir.exists() {
+            return Err(EngineError::Exists(id.clone()));
         }
-        let image = match self.image(id, spec).await {
-            Ok(image) => image,
-            Err(error) => {
-                let _ = std::fs::remove_dir(&dir);
-                return Err(error);
-            }
-        };
+        let image = self.image(id, spec).await?;
         let record = Record {
             spec: spec.clone(),
             rootfs: Rootfs::plan(self.root_method, image.layers.clone(), &dir),
@@ -400,6 +406,12 @@ impl Engine for NativeEngine {
             disk_baseline: 0,
             process: None,
         };
+        if let Err(error) = record.make_directory(&self.context.owner, id) {
+            if !matches!(error, EngineError::Exists(_)) {
+                self.release_image(id).await?;
+            }
+            return Err(error);
+        }
         let entry = Arc::new(Entry::new(id.clone(), record));
         self.books.entries().insert(id.clone(), Arc::clone(&entry));
         if let Err(error) = self.prepare(&entry).await {

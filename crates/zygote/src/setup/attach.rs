@@ -34,6 +34,12 @@ pub(super) enum Made {
 
 /// Opens a directory below a root, making what is missing of it.
 pub(super) fn make_dir(root: BorrowedFd<'_>, path: &Path) -> Result<(OwnedFd, Made), Failed> {
+    // The parent of a single relative name.
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
     let open = || open_in(root, path, OFlags::PATH | OFlags::DIRECTORY);
     match open() {
         Ok(dir) => return Ok((dir, Made::Before)),

@@ -235,10 +235,10 @@ fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
         .map(high)
         .transpose()
         .step("duplicating", "the counter of kills")?;
-    let mut first_closed = LISTENER + 1;
+    let mut last = LISTENER;
     if let Some(counter) = &counter {
         places.push((counter, OOM_COUNTER));
-        first_closed = OOM_COUNTER + 1;
+        last = OOM_COUNTER;
     }
     for (from, to) in places {
         // SAFETY: duplicates onto numbers that nothing owned in this process
@@ -246,7 +246,7 @@ fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
         check(unsafe { libc::dup2(from.as_raw_fd(), to) }.into())
             .step("placing", &format!("descriptor {to}"))?;
     }
-    close_on_exec_above(LISTENER)
+    close_on_exec_above(last)
 }
 
 fn close_on_exec_above(last: i32) -> Result<(), Failed> {
@@ -255,7 +255,6 @@ fn close_on_exec_above(last: i32) -> Result<(), Failed> {
         libc::syscall(
             libc::SYS_close_range,
             last as u32 + 1,
-            first_closed as u32,
             u32::MAX,
             libc::CLOSE_RANGE_CLOEXEC,
         )

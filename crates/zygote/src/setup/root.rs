@@ -19,7 +19,12 @@ pub(super) fn build(plan: &StartPlan) -> Result<(), Failed> {
     let root = mount_root(&plan.root)?;
     let at = root.as_fd();
     for file in &plan.files {
-        write_file(at, &file.path, &file.text)?;
+        match write_file(at, &file.path, &file.text) {
+            // An image whose files belong to somebody the sandbox has no
+            // number for keeps its own.
+            Err(failed) if foreign(&failed) => {}
+            result => result?,
+        }
     }
     kernel_files::mount(at)?;
     dev::mount(at, plan)?;
@@ -44,7 +49,12 @@ pub(super) fn build_for_runtime(plan: &LaunchPlan) -> Result<(), Failed> {
     let root = mount_root(&plan.root)?;
     let at = root.as_fd();
     for file in &plan.files {
-        write_file(at, &file.path, &file.text)?;
+        match write_file(at, &file.path, &file.text) {
+            // An image whose files belong to somebody the sandbox has no
+            // number for keeps its own.
+            Err(failed) if foreign(&failed) => {}
+            result => result?,
+        }
     }
     open_tmp(at)?;
     for bind in &plan.binds {
@@ -82,6 +92,10 @@ fn make_workdir(
         .step("giving away", workdir)?;
     }
     Ok(())
+}
+
+fn foreign(failed: &Failed) -> bool {
+    matches!(failed.0.errno, libc::EACCES | libc::EPERM | libc::EOVERFLOW)
 }
 
 fn mount_root(plan: &RootPlan) -> Result<OwnedFd, Failed> {

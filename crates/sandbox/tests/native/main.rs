@@ -1,0 +1,6 @@
+//! The native engine against the real kernel, as root and as a plain user.
+
+mod bed;
+mod leftovers;
+mod lifecycle;
+mod limits;
