@@ -4,6 +4,9 @@
 
 use crate::engine::EngineKind;
 use crate::error::EngineError;
+use crate::native;
+use crate::programs::Programs;
+use crate::state::StateDir;
 use serde::{Deserialize, Serialize};
 
 /// One thing an engine looked at.
@@ -103,6 +106,39 @@ impl EngineProbe {
             },
         }
     }
+}
+
+/// What one engine finds on this machine.
+///
+/// # Errors
+/// When the static programs can't be put into the state directory or run.
+pub async fn one(kind: EngineKind, state: &StateDir) -> Result<EngineProbe, EngineError> {
+    let programs = Programs::install(&state.programs())?;
+    let root = state.root().to_owned();
+    let look = move || match kind {
+        EngineKind::Native => native::probe(&programs.zygote, &root),
+        other => Ok(EngineProbe::unusable(other, Vec::new(), "not offered yet")),
+    };
+    tokio::task::spawn_blocking(look)
+        .await
+        .unwrap_or_else(|panic| {
+            Err(EngineError::Bug {
+                engine: kind,
+                reason: panic.to_string(),
+            })
+        })
+}
+
+/// What every engine finds on this machine, in order of preference.
+///
+/// # Errors
+/// As for [`one`].
+pub async fn all(state: &StateDir) -> Result<Vec<EngineProbe>, EngineError> {
+    let mut found = Vec::new();
+    for kind in EngineKind::ALL {
+        found.push(one(kind, state).await?);
+    }
+    Ok(found)
 }
 
 /// The engine `auto` takes.
