@@ -4,9 +4,9 @@
 
 use crate::engine::EngineKind;
 use crate::error::EngineError;
-use crate::native;
 use crate::programs::Programs;
 use crate::state::StateDir;
+use crate::{native, podman};
 use serde::{Deserialize, Serialize};
 
 /// One thing an engine looked at.
@@ -117,7 +117,8 @@ pub async fn one(kind: EngineKind, state: &StateDir) -> Result<EngineProbe, Engi
     let root = state.root().to_owned();
     let look = move || match kind {
         EngineKind::Native => native::probe(&programs.zygote, &root),
-        other => Ok(EngineProbe::unusable(other, Vec::new(), "not offered yet")),
+        EngineKind::Podman => Ok(podman::probe()),
+        other @ EngineKind::Oci => Ok(EngineProbe::unusable(other, Vec::new(), "not offered yet")),
     };
     tokio::task::spawn_blocking(look)
         .await

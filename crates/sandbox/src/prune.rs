@@ -5,7 +5,7 @@ use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::image::ImageStore;
 use crate::state::{OwnerDir, OwnerLock, StateDir};
-use crate::{native, tree};
+use crate::{native, podman, tree};
 use skyrl_protocol::OwnerId;
 
 /// Removes every owner whose process is gone. Returns their names.
@@ -45,15 +45,16 @@ pub async fn dead_owner(state: &StateDir, owner: &OwnerId) -> Result<(), EngineE
 
 /// Ends everything engines keep for an owner.
 async fn clear(owner: &OwnerDir) -> Result<(), EngineError> {
-    let owner = owner.clone();
-    tokio::task::spawn_blocking(move || native::sweep(&owner))
+    let native = owner.clone();
+    tokio::task::spawn_blocking(move || native::sweep(&native))
         .await
         .unwrap_or_else(|panic| {
             Err(EngineError::Bug {
                 engine: EngineKind::Native,
                 reason: panic.to_string(),
             })
-        })
+        })?;
+    podman::sweep(owner).await
 }
 
 /// Removes the owner's directory, whatever its sandboxes wrote there.

@@ -534,8 +534,7 @@ impl Shared {
                 })
             }
             Err(error) => {
-                let cleared = within("destroy", self.deadlines.destroy, self.engine.destroy(id));
-                if let Err(error) = cleared.await {
+                if let Err(error) = self.clear(id).await {
                     tracing::error!(%id, %error, "a failed start could not be cleared");
                 }
                 self.forget(id, entry);
@@ -591,8 +590,20 @@ impl Shared {
         if matches!(entry.phase(), Phase::Gone) {
             return Ok(());
         }
-        within("destroy", self.deadlines.destroy, self.engine.destroy(id)).await?;
+        self.clear(id).await?;
         self.forget(id, entry);
+        Ok(())
+    }
+
+    /// Removes a sandbox with its directory.
+    async fn clear(&self, id: &SandboxId) -> Result<(), EngineError> {
+        within("destroy", self.deadlines.destroy, self.engine.destroy(id)).await?;
+        // An engine that never heard of it leaves what was written down here.
+        let dir = self.dir.sandbox(id);
+        if dir.exists() {
+            crate::tree::remove_tree(&dir)
+                .map_err(|e| EngineError::step("removing", dir.display(), e.source))?;
+        }
         Ok(())
     }
 
@@ -621,7 +632,7 @@ impl Shared {
                     adopted.push(id);
                 }
                 None => {
-                    within("destroy", self.deadlines.destroy, self.engine.destroy(&id)).await?;
+                    self.clear(&id).await?;
                 }
             }
         }

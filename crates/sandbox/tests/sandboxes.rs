@@ -298,5 +298,4 @@ macro_rules! stories {
 }
 
 stories!(native, EngineKind::Native);
-stories!(oci, EngineKind::Oci);
 stories!(podman, EngineKind::Podman);

@@ -394,9 +394,10 @@ impl Engine for NativeEngine {
         self.enforcement(spec)?;
         super::network::plan(spec.network, self.user_namespace())?;
         let dir = self.context.owner.sandbox(id);
-        if dir.exists() {
+        if self.books.find(id).is_some() {
             return Err(EngineError::Exists(id.clone()));
         }
+        make_dir(&dir)?;
         let image = self.image(id, spec).await?;
         let record = Record {
             spec: spec.clone(),

@@ -14,7 +14,7 @@ use crate::context::EngineContext;
 use crate::engine::{EngineKind, SnapshotMode};
 use crate::error::EngineError;
 use crate::guest_client::connect;
-use crate::image::{Image, ImageRef, PullPolicy};
+use crate::image::{Image, ImageRef};
 use crate::rootfs::Rootfs;
 use crate::snapshot::Snapshots;
 use crate::spec::{Limits, SandboxSpec};
@@ -98,8 +98,8 @@ impl Podman {
         control(&self.layout, id).join(SOCKET)
     }
 
-    async fn image(&self, id: &SandboxId, reference: &ImageRef) -> Result<Image, EngineError> {
-        if let ImageRef::Snapshot(snapshot) = reference {
+    async fn image(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<Image, EngineError> {
+        if let ImageRef::Snapshot(snapshot) = &spec.image {
             let (snapshots, snapshot, id) = (self.snapshots.clone(), snapshot.clone(), id.clone());
             return blocking("resolving a snapshot", move || {
                 Ok(snapshots.acquire(&snapshot, &id)?)
@@ -108,9 +108,7 @@ impl Podman {
         }
         let progress = self.context.progress.as_ref();
         let images = &self.context.images;
-        Ok(images
-            .ensure(reference, PullPolicy::default(), progress)
-            .await?)
+        Ok(images.ensure(&spec.image, spec.pull, progress).await?)
     }
 
     pub(super) async fn create(
@@ -123,7 +121,7 @@ impl Podman {
         }
         let bounds = bounds(&self.cgroups, &spec.limits)?;
         let foreign_guest = self.roots.check_user(spec.user)?;
-        let image = self.image(id, &spec.image).await?;
+        let image = self.image(id, spec).await?;
         let rootfs = Rootfs::plan(
             self.roots.method,
             image.layers.clone(),
