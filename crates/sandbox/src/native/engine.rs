@@ -397,7 +397,6 @@ impl Engine for NativeEngine {
         if self.books.find(id).is_some() {
             return Err(EngineError::Exists(id.clone()));
         }
-        make_dir(&dir)?;
         let image = self.image(id, spec).await?;
         let record = Record {
             spec: spec.clone(),
@@ -407,10 +406,8 @@ impl Engine for NativeEngine {
             disk_baseline: 0,
             process: None,
         };
-        if let Err(error) = record.make_directory(&self.context.owner, id) {
-            if !matches!(error, EngineError::Exists(_)) {
-                self.release_image(id).await?;
-            }
+        if let Err(error) = make_dir(&dir).and_then(|()| record.write(&self.context.owner, id)) {
+            self.release_image(id).await?;
             return Err(error);
         }
         let entry = Arc::new(Entry::new(id.clone(), record));

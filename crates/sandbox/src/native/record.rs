@@ -2,12 +2,11 @@
 //! it over or remove it.
 
 use crate::cgroup::Group;
-use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::image::Image;
 use crate::rootfs::Rootfs;
 use crate::spec::SandboxSpec;
-use crate::state::{OwnerDir, make_dir};
+use crate::state::OwnerDir;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -34,28 +33,6 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Makes the sandbox's directory, which holds the record from its first
-    /// moment, so that none can be left behind unrecorded.
-    pub(super) fn make_directory(
-        &self,
-        owner: &OwnerDir,
-        id: &SandboxId,
-    ) -> Result<(), EngineError> {
-        let aside = owner
-            .engine(EngineKind::Native)
-            .join("making")
-            .join(id.as_str());
-        make_dir(&aside)?;
-        write_json(&aside.join(NAME), self)?;
-        let dir = owner.sandbox(id);
-        std::fs::rename(&aside, &dir).map_err(|error| match error.kind() {
-            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
-                EngineError::Exists(id.clone())
-            }
-            _ => EngineError::step("making", dir.display(), error),
-        })
-    }
-
     /// Writes it down; complete or not at all.
     pub(super) fn write(&self, owner: &OwnerDir, id: &SandboxId) -> Result<(), EngineError> {
         write_json(&owner.sandbox(id).join(NAME), self)
