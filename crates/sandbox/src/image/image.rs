@@ -25,9 +25,10 @@ pub struct Image {
     ///
     /// There may be more than a `mount(2)` option string of 4096 bytes can
     /// name by their full paths; open descriptors named as
-    /// `/proc/self/fd/N`, or `fsconfig(2)` with `lowerdir+`, have room. Mount
-    /// with `redirect_dir=off,metacopy=off,index=off`, so that upper
-    /// directories stay usable as layers elsewhere.
+    /// `/proc/self/fd/N`, paths relative to the working directory, or
+    /// `fsconfig(2)` with `lowerdir+` have room. Root mounts with
+    /// `redirect_dir=off,metacopy=off,index=off`, so that upper directories
+    /// stay usable as layers elsewhere; `userxattr` implies it.
     pub layers: Vec<PathBuf>,
     /// Host paths to be bound read-only over the layers, in order. Only
     /// `host` has them.

@@ -21,6 +21,9 @@ use std::path::{Path, PathBuf};
 /// Version of the layout; a store of another one is refused.
 pub(super) const VERSION: u32 = 1;
 
+/// File of a layer that names directories whose attributes it does not know.
+pub(super) const IMPLIED: &str = "implied";
+
 /// `format.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Format {
@@ -153,6 +156,11 @@ impl Layout {
 
     pub(super) fn layer_record(&self, diff_id: &str) -> PathBuf {
         self.layer(diff_id).join("layer.json")
+    }
+
+    /// Directories whose attributes lower layers tell.
+    pub(super) fn implied(&self, diff_id: &str) -> PathBuf {
+        self.layer(diff_id).join(IMPLIED)
     }
 
     /// Present once the layer was flushed to the disk.

@@ -25,7 +25,7 @@ use crate::engine::SnapshotMode;
 use crate::image::{FileLock, Sharing, random_name, read_record, write_record};
 use crate::image::{Image, ImageConfig, ImageError, ImageRef, ImageStore, ReadOnlyBind};
 use crate::state::OwnerDir;
-use crate::tree::{CopyOptions, copy_tree, remove_tree};
+use crate::tree::{CopyOptions, copy_tree, merge_layers, remove_tree};
 use serde::{Deserialize, Serialize};
 use skyrl_protocol::{SandboxId, SnapshotId};
 use std::fs::{self, DirBuilder, File};
@@ -129,7 +129,7 @@ impl Snapshots {
         options: CopyOptions<'_>,
     ) -> Result<(), ImageError> {
         let making = self.dir.join(format!(".new-{id}"));
-        let record = {
+        let mut record = {
             let _lock = self.lock()?;
             if self.path(id).exists() || making.exists() {
                 return Err(ImageError::Exists {
@@ -145,6 +145,7 @@ impl Snapshots {
         };
         let made = self
             .fill(&making, source, mode, options)
+            .and_then(|()| self.flatten(&making, &mut record, options))
             .and_then(|()| write_record(&making.join("snapshot.json"), &record))
             .and_then(|()| make_dir(&making.join("users")))
             .and_then(|()| self.publish(&making, id));
@@ -207,6 +208,25 @@ impl Snapshots {
             remove_tree(from)?;
         }
         Ok(())
+    }
+
+    /// Merges a full chain into one layer.
+    fn flatten(
+        &self,
+        making: &Path,
+        record: &mut Record,
+        options: CopyOptions<'_>,
+    ) -> Result<(), ImageError> {
+        if record.parents.len() < MAX_CHAIN {
+            return Ok(());
+        }
+        let top = making.join("top");
+        let diff = making.join("diff");
+        fs::rename(&diff, &top).map_err(|e| failed("moving", &diff, e))?;
+        let mut layers = vec![top.clone()];
+        layers.extend(record.parents.drain(..).map(|p| self.path(&p).join("diff")));
+        merge_layers(&layers, &diff, self.store.opaque_mark(), options)?;
+        remove_tree(&top).map_err(Into::into)
     }
 
     fn publish(&self, making: &Path, id: &SnapshotId) -> Result<(), ImageError> {

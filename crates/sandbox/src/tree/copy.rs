@@ -24,7 +24,7 @@ pub struct CopyOptions<'a> {
 }
 
 impl CopyOptions<'_> {
-    fn check(&self) -> Result<(), Errno> {
+    pub(super) fn check(&self) -> Result<(), Errno> {
         match self.stop {
             Some(stop) if stop.load(Ordering::Relaxed) => Err(Errno::INTR),
             _ => Ok(()),
@@ -79,7 +79,7 @@ fn copy_entries(
         }
         let place = target.path();
         let finish = |fd: &OwnedFd, inode: &Inode| {
-            finish_directory(fd, inode)
+            copy_attributes(fd, inode)
                 .map_err(|e| TreeError::new("setting attributes of", &place, e))
         };
         if target.depth() == 0 {
@@ -193,16 +193,16 @@ impl Links {
 }
 
 /// All that is known of a file beside its content.
-pub(super) struct Inode {
+pub(crate) struct Inode {
     /// Mode, owner, times.
-    pub(super) stat: Stat,
+    pub(crate) stat: Stat,
     /// Extended attributes.
-    pub(super) xattrs: Vec<(CString, Vec<u8>)>,
+    pub(crate) xattrs: Vec<(CString, Vec<u8>)>,
 }
 
 impl Inode {
     /// Reads it from a handle; the mode and owner are those of `stat`.
-    pub(super) fn read(handle: impl AsFd, stat: &Stat) -> Result<Self, Errno> {
+    pub(crate) fn read(handle: impl AsFd, stat: &Stat) -> Result<Self, Errno> {
         Ok(Self {
             stat: *stat,
             xattrs: list_xattrs(handle)?,
@@ -250,7 +250,7 @@ fn belongs_to_one_mount(name: &[u8]) -> bool {
 }
 
 /// Gives an open file or directory its attributes, times last.
-pub(super) fn copy_attributes(target: impl AsFd, inode: &Inode) -> Result<(), Errno> {
+pub(crate) fn copy_attributes(target: impl AsFd, inode: &Inode) -> Result<(), Errno> {
     let target = target.as_fd();
     let path = proc_path(target);
     let (late, early): (Vec<_>, Vec<_>) = inode
@@ -266,11 +266,6 @@ pub(super) fn copy_attributes(target: impl AsFd, inode: &Inode) -> Result<(), Er
     // Changing the owner clears capabilities.
     set_xattrs(&path, &late)?;
     rustix::fs::utimensat(CWD, &path, &times(&inode.stat), AtFlags::empty())
-}
-
-/// Same, for a directory whose content is complete.
-pub(super) fn finish_directory(target: &OwnedFd, inode: &Inode) -> Result<(), Errno> {
-    copy_attributes(target, inode)
 }
 
 fn set_xattrs(path: &Path, xattrs: &[&(CString, Vec<u8>)]) -> Result<(), Errno> {

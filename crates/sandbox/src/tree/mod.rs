@@ -11,6 +11,8 @@
 
 mod at;
 mod copy;
+mod merge;
+mod overlay;
 mod remove;
 #[cfg(test)]
 mod tests;
@@ -19,6 +21,9 @@ mod walk;
 use at::name_of;
 pub(crate) use at::{open_dir_at, proc_path, stat_entry};
 pub use copy::{CopyOptions, copy_tree};
+pub(crate) use copy::{Inode, copy_attributes};
+pub(crate) use merge::merge_layers;
+pub(crate) use overlay::{is_opaque, is_overlay_attribute, is_whiteout};
 pub use remove::{clear_directory, remove_tree};
 pub use walk::{TreeSize, tree_size};
 

@@ -2,7 +2,7 @@
 //! name at a time, never through a link.
 
 use super::unpack::LayerError;
-use crate::tree::{open_dir_at, remove_tree, stat_entry};
+use crate::tree::{is_whiteout, open_dir_at, remove_tree, stat_entry};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Mode, Stat};
 use rustix::io::Errno;
@@ -69,6 +69,12 @@ impl LayerPath {
         &self.0
     }
 
+    /// The path as bytes, relative to the root.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let names: Vec<&[u8]> = self.0.iter().map(|name| name.to_bytes()).collect();
+        names.join(&b'/')
+    }
+
     pub(super) fn starts_with(&self, other: &Self) -> bool {
         self.0.starts_with(&other.0)
     }
@@ -79,12 +85,7 @@ impl std::fmt::Display for LayerPath {
         if self.0.is_empty() {
             return f.write_str("./");
         }
-        let joined = self
-            .0
-            .iter()
-            .map(|name| name.to_bytes())
-            .collect::<Vec<_>>();
-        f.write_str(&show(&joined.join(&b'/')))
+        f.write_str(&show(&self.to_bytes()))
     }
 }
 
@@ -100,6 +101,9 @@ pub(super) struct DirectoryPlan {
     pub(super) attributes: Attributes,
     /// Hides what lower layers have in it.
     pub(super) opaque: bool,
+    /// No entry of its own told its attributes: if lower layers have it, they
+    /// do.
+    pub(super) implied: bool,
 }
 
 /// Mode, owner, times and extended attributes of an entry.
@@ -135,7 +139,11 @@ pub(super) struct Dirs {
 
 impl Dirs {
     pub(super) fn new(root: OwnedFd) -> Self {
-        let made = BTreeMap::from([(LayerPath(Vec::new()), DirectoryPlan::default())]);
+        let plan = DirectoryPlan {
+            implied: true,
+            ..DirectoryPlan::default()
+        };
+        let made = BTreeMap::from([(LayerPath(Vec::new()), plan)]);
         Self {
             root,
             made,
@@ -207,6 +215,8 @@ impl Dirs {
         let fd = made.map_err(|e| LayerError::step("making", &path, e))?;
         let plan = DirectoryPlan {
             opaque,
+            // Whatever lower layers had here is hidden.
+            implied: !opaque,
             ..DirectoryPlan::default()
         };
         self.made.insert(path, plan);
@@ -246,9 +256,4 @@ impl Dirs {
 enum Missing {
     Make,
     Refuse,
-}
-
-/// What overlayfs takes for the absence of a lower entry.
-pub(super) fn is_whiteout(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }

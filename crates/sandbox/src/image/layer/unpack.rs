@@ -18,10 +18,10 @@
 //! An entry that comes twice is replaced by its later form. Whiteouts hide
 //! what lower layers have, never what the same layer brings.
 
-use super::dirs::{Attributes, DirectoryPlan, Dirs, LayerPath, is_whiteout, show};
+use super::dirs::{Attributes, DirectoryPlan, Dirs, LayerPath, show};
 use super::tar::{TarEntry, TarKind, TarReader};
 use crate::image::layout::Marks;
-use crate::tree::stat_entry;
+use crate::tree::{is_whiteout, stat_entry};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
@@ -108,7 +108,7 @@ pub(crate) struct UnpackOptions<'a> {
 }
 
 /// What became of a layer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Unpacked {
     /// Its root hides everything below.
     pub(crate) opaque_root: bool,
@@ -118,6 +118,8 @@ pub(crate) struct Unpacked {
     pub(crate) devices: u64,
     /// Extended attributes left out.
     pub(crate) dropped_xattrs: u64,
+    /// Directories whose attributes lower layers tell, if they have them.
+    pub(crate) implied: Vec<Vec<u8>>,
 }
 
 /// Unpacks a tar stream into `diff`, which does not exist yet. After an error
@@ -248,7 +250,9 @@ impl Unpacker<'_> {
                 }
                 let attributes = self.attributes(&entry)?;
                 let root = LayerPath::parse(b"")?;
-                self.dirs.made.entry(root).or_default().attributes = attributes;
+                let plan = self.dirs.made.entry(root).or_default();
+                plan.attributes = attributes;
+                plan.implied = false;
                 Ok(())
             }
             Request::Opaque(dir) => {
@@ -273,7 +277,9 @@ impl Unpacker<'_> {
             }),
             // The layer brings this directory anew.
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
-                self.dirs.made.entry(path).or_default().opaque = true;
+                let plan = self.dirs.made.entry(path).or_default();
+                plan.opaque = true;
+                plan.implied = false;
                 Ok(())
             }
             Ok(_) => Ok(()),
@@ -300,7 +306,9 @@ impl Unpacker<'_> {
         let mut opaque = false;
         if let Some(stat) = &present {
             if entry.kind == TarKind::Directory && is_directory(stat.st_mode) {
-                self.dirs.made.entry(path).or_default().attributes = attributes;
+                let plan = self.dirs.made.entry(path).or_default();
+                plan.attributes = attributes;
+                plan.implied = false;
                 return Ok(());
             }
             if entry.kind == TarKind::HardLink && self.is_itself(entry, &path)? {
@@ -313,7 +321,11 @@ impl Unpacker<'_> {
         match entry.kind {
             TarKind::Directory => {
                 self.dirs.make(&path)?;
-                let plan = DirectoryPlan { attributes, opaque };
+                let plan = DirectoryPlan {
+                    attributes,
+                    opaque,
+                    implied: false,
+                };
                 self.dirs.made.insert(path, plan);
                 Ok(())
             }
@@ -528,6 +540,10 @@ impl Unpacker<'_> {
         let mut hiding: Option<&LayerPath> = None;
         let mut clear = Vec::new();
         for (path, plan) in &made {
+            let is_hidden = hiding.is_some_and(|hiding| path.starts_with(hiding));
+            if plan.implied && !is_hidden {
+                self.done.implied.push(path.to_bytes());
+            }
             if hiding.is_some_and(|hiding| !path.starts_with(hiding)) {
                 hiding = None;
             }

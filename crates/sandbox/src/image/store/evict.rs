@@ -40,7 +40,7 @@ impl ImageStore {
 }
 
 impl Inner {
-    fn evict(&self) -> Result<Evicted, ImageError> {
+    pub(super) fn evict(&self) -> Result<Evicted, ImageError> {
         let mut evicted = Evicted::default();
         let lock = self.layout.evict_lock();
         let taken = FileLock::try_take(&lock, Sharing::Exclusive);

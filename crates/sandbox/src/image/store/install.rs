@@ -1,6 +1,6 @@
 //! From the parts of an image to layers in the store.
 
-use super::{Inner, Work};
+use super::{Inner, Work, attributes};
 use crate::image::error::ImageError;
 use crate::image::layer::{LayerError, UnpackOptions, unpack};
 use crate::image::layout::{ImageRecord, LayerRecord, boot_id, io_error};
@@ -76,6 +76,7 @@ impl Inner {
                 break;
             }
         }
+        let _stay = self.restore_attributes(&mut layers, image, work)?;
         let record = ImageRecord {
             digest: parts.digest.clone(),
             layers,
@@ -223,7 +224,7 @@ impl Job<'_> {
             let (found, found_length) = blob.finish();
             if (&found, &found_length) != (expected, length) {
                 return Err(broken(format!(
-                    "a layer's file should be {expected} of {length} bytes, but is {found} of {found_length}"
+                    "a layer's file should have the digest {expected} and {length} bytes, but has {found} and {found_length}"
                 )));
             }
         }
@@ -235,6 +236,7 @@ impl Job<'_> {
                 "left parts of a layer out"
             );
         }
+        attributes::write_implied(made.path(), &unpacked.implied)?;
         Ok(unpacked.opaque_root)
     }
 

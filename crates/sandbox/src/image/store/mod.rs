@@ -6,6 +6,7 @@
 //! kernel releases when it dies; what the dead left is removed at the next
 //! [`ImageStore::open`].
 
+mod attributes;
 mod evict;
 mod install;
 mod present;
@@ -123,6 +124,11 @@ impl ImageStore {
         self.inner.marks == Marks::User
     }
 
+    /// Attribute that marks an opaque directory in layers of this store.
+    pub(crate) fn opaque_mark(&self) -> &'static std::ffi::CStr {
+        self.inner.marks.opaque()
+    }
+
     /// Makes an image present. Any number of callers, in any number of
     /// processes, cause one fetch. The image stays while the returned value
     /// lives; see [`ImageStore::mark_used`] for what must outlive it. Dropping
@@ -177,18 +183,12 @@ impl ImageStore {
             )
         });
         tokio::pin!(work);
-        let made = loop {
+        loop {
             tokio::select! {
                 made = &mut work => break made,
                 Some(update) = told.recv() => progress.update(&update),
             }
-        };
-        if self.inner.quota.is_some() && made.is_ok() {
-            let store = self.clone();
-            // Making room is nobody's to wait for.
-            drop(tokio::task::spawn_blocking(move || store.evict()));
         }
-        made
     }
 
     async fn blocking<T: Send + 'static>(

@@ -177,11 +177,18 @@ impl Inner {
             fingerprint: print,
         };
         records::write(&self.layout.reference(&key), &known)?;
-        self.load(image, &digest)?
+        let made = self
+            .load(image, &digest)?
             .ok_or_else(|| ImageError::NotFound {
                 image: image.to_string(),
                 reason: "it was removed as soon as it was complete".into(),
-            })
+            })?;
+        if self.quota.is_some()
+            && let Err(error) = self.evict()
+        {
+            tracing::warn!(%error, "no room was made in the image store");
+        }
+        Ok(made)
     }
 
     /// Takes a lock, saying so when somebody else has it.
