@@ -62,14 +62,6 @@ impl Parent {
         let (failure, failure_end) =
             pipe_with(PipeFlags::CLOEXEC).step("making", "a pipe for failures")?;
         let v2 = open_v2_group(&plan.cgroups)?;
-        let oom_counter = plan
-            .oom_counter
-            .as_deref()
-            .map(|path| {
-                rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                    .step("opening", path)
-            })
-            .transpose()?;
         let ids = (
             rustix::process::geteuid().as_raw(),
             rustix::process::getegid().as_raw(),
@@ -78,7 +70,6 @@ impl Parent {
             let inherited = Inherited {
                 guest: self.guest.as_fd(),
                 listener: listener.as_fd(),
-                oom_counter: oom_counter.as_ref().map(AsFd::as_fd),
                 output: output_end.as_fd(),
                 zygote: self.zygote.as_fd(),
                 ids,

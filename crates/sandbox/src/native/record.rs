@@ -19,6 +19,9 @@ use std::path::{Path, PathBuf};
 /// Name of the record in a sandbox's directory.
 const NAME: &str = "native.json";
 
+/// Name of a record that is being written.
+pub(super) const UNFINISHED: &str = "native.new";
+
 /// One sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Record {

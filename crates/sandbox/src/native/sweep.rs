@@ -3,7 +3,7 @@
 //! repeat, and to be interrupted.
 
 use super::link::identity_in;
-use super::record::{Record, cgroup_key, read_json, recorded};
+use super::record::{Record, UNFINISHED, cgroup_key, read_json, recorded};
 use crate::cgroup::group;
 use crate::engine::EngineKind;
 use crate::error::EngineError;
@@ -61,8 +61,22 @@ pub fn sweep(owner: &OwnerDir) -> Result<(), EngineError> {
         }
         note(remove_tree(&owner.sandbox(id)).map_err(Into::into));
     }
+    remove_unrecorded(owner);
     note(remove_tree(&dir).map_err(Into::into));
     result
+}
+
+/// Removes directories that were made just before their record.
+fn remove_unrecorded(owner: &OwnerDir) {
+    for entry in std::fs::read_dir(owner.sandboxes())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let _ = std::fs::remove_file(entry.path().join(UNFINISHED));
+        // What has anything else in it is not ours.
+        let _ = std::fs::remove_dir(entry.path());
+    }
 }
 
 /// Kills a process unless it ended and something else has its number, and

@@ -8,10 +8,12 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
 
 /// Opens a path as a process with its root there would, whatever links it
 /// holds.
@@ -32,30 +34,63 @@ pub(super) enum Made {
     Before,
 }
 
-/// Opens a directory below a root, making what is missing of it.
+/// Links followed on the way to a directory to be made, at most.
+const MAX_LINKS: u32 = 40;
+
+/// Opens a directory below a root, making what is missing of it, also where
+/// links lead to what is missing.
 pub(super) fn make_dir(root: BorrowedFd<'_>, path: &Path) -> Result<(OwnedFd, Made), Failed> {
-    // The parent of a single relative name.
-    let path = if path.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        path
-    };
+    make_dir_through(root, &normal(path), MAX_LINKS)
+}
+
+fn make_dir_through(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    links: u32,
+) -> Result<(OwnedFd, Made), Failed> {
     let open = || open_in(root, path, OFlags::PATH | OFlags::DIRECTORY);
     match open() {
         Ok(dir) => return Ok((dir, Made::Before)),
         Err(Errno::NOENT) => {}
         Err(error) => return Err(error).step("opening in the image", path),
     }
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::NOENT).step("opening in the image", path);
     };
-    let (parent, _) = make_dir(root, parent)?;
+    let (parent, _) = make_dir_through(root, &normal(above), links)?;
     match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(error).step("making directory in the image", path),
+        Ok(()) => {
+            let dir = open().step("opening in the image", path)?;
+            Ok((dir, Made::Now))
+        }
+        // A link to what is missing.
+        Err(Errno::EXIST) if links > 0 => {
+            let target = rustix::fs::readlinkat(&parent, name, Vec::new())
+                .step("following in the image", path)?;
+            let target = Path::new(OsStr::from_bytes(target.to_bytes()));
+            make_dir_through(root, &normal(&above.join(target)), links - 1)
+        }
+        Err(Errno::EXIST) => Err(Errno::LOOP).step("following in the image", path),
+        Err(error) => Err(error).step("making directory in the image", path),
     }
-    let dir = open().step("opening in the image", path)?;
-    Ok((dir, Made::Now))
+}
+
+/// A path without `.` and `..`, never empty, and never above the root.
+fn normal(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    if plain.as_os_str().is_empty() {
+        plain.push(".");
+    }
+    plain
 }
 
 /// Opens a file below a root to be mounted over, making it if it is missing.
@@ -210,4 +245,40 @@ pub(super) fn empty_directory() -> Result<OwnedFd, Failed> {
             | MountAttrFlags::MOUNT_ATTR_NOEXEC,
     )
     .step("mounting", "an empty directory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn directory() -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("skyrl-attach-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(dir.join("root")).unwrap();
+        dir
+    }
+
+    #[test]
+    fn what_links_lead_to_is_made_inside_of_the_root() {
+        let dir = directory();
+        let root = dir.join("root");
+        symlink(dir.join("outside"), root.join("absolute")).unwrap();
+        symlink("../../../up", root.join("relative")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        let open = File::open(&root).unwrap();
+        for path in ["/absolute/a", "relative/b", "/c/../d/./e"] {
+            let (_, made) = make_dir(open.as_fd(), Path::new(path)).unwrap();
+            assert_eq!(made, Made::Now, "{path}");
+            let (_, made) = make_dir(open.as_fd(), Path::new(path)).unwrap();
+            assert_eq!(made, Made::Before, "{path}");
+        }
+        write_file(open.as_fd(), Path::new("/absolute/f/file"), "text").unwrap();
+        assert!(root.join("up/b").is_dir());
+        assert!(root.join("d/e").is_dir());
+        assert!(!dir.join("outside").exists() && !dir.join("up").exists());
+        let error = make_dir(open.as_fd(), Path::new("/loop/x")).unwrap_err();
+        assert_eq!(error.0.errno, libc::ELOOP);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }

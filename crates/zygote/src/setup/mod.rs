@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use skyrl_protocol::zygote::{CgroupPlan, LaunchPlan, NetworkPlan, StartPlan, UserNamespacePlan};
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// The guest's listening socket inside the sandbox.
@@ -36,8 +36,6 @@ pub struct Inherited<'a> {
     pub guest: BorrowedFd<'a>,
     /// The guest's listening socket.
     pub listener: BorrowedFd<'a>,
-    /// The counter of kills for lack of memory, if there is one.
-    pub oom_counter: Option<BorrowedFd<'a>>,
     /// Where the guest's own words go.
     pub output: BorrowedFd<'a>,
     /// The zygote, to notice its death.
@@ -71,6 +69,11 @@ pub fn become_guest(
     if plan.network != NetworkPlan::Host {
         raise_loopback()?;
     }
+    let counter = plan
+        .oom_counter
+        .as_deref()
+        .map(root::open_read_only)
+        .transpose()?;
     root::build(plan)?;
     limit_resources(plan)?;
     // SAFETY: neither call has memory effects.
@@ -79,7 +82,7 @@ pub fn become_guest(
         libc::umask(0o022);
     }
     identity::give_up_privileges(plan)?;
-    arrange_descriptors(inherited)?;
+    arrange_descriptors(inherited, counter.as_ref())?;
     // Changing identity cleared the wish to die with the zygote.
     die_with_zygote(inherited.zygote)?;
     reset_signals();
@@ -217,7 +220,7 @@ fn limit_resources(plan: &StartPlan) -> Result<(), Failed> {
 /// Standard input is empty, output and errors go to the zygote, the listening
 /// socket and the counter have their numbers, and nothing else survives the
 /// execution.
-fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
+fn arrange_descriptors(inherited: &Inherited<'_>, counter: Option<&OwnedFd>) -> Result<(), Failed> {
     let null = fs::File::open("/dev/null").step("opening", Path::new("/dev/null"))?;
     // Out of the way of 0..=3 first, whatever their numbers are.
     let high = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, 64);
@@ -230,9 +233,8 @@ fn arrange_descriptors(inherited: &Inherited<'_>) -> Result<(), Failed> {
         (&output, 2),
         (&listener, LISTENER),
     ];
-    let counter = inherited
-        .oom_counter
-        .map(high)
+    let counter = counter
+        .map(|counter| high(counter.as_fd()))
         .transpose()
         .step("duplicating", "the counter of kills")?;
     let mut last = LISTENER;

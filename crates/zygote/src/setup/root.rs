@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{Gid, Uid};
 use skyrl_protocol::zygote::{BindPlan, LaunchPlan, RootPlan, StartPlan};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// Builds the root and moves into it, leaving the host's behind.
@@ -139,6 +139,26 @@ fn open_directory(path: &Path) -> Result<OwnedFd, Failed> {
     .step("opening", path)
 }
 
+/// Opens a file of the host so that whoever gets hold of the descriptor can't
+/// open it again for writing, and learns nothing of where it is: through a
+/// read-only mount of nothing but that file, which is attached nowhere.
+pub(super) fn open_read_only(path: &Path) -> Result<OwnedFd, Failed> {
+    let copy = copy_tree(path, Depth::One).step("opening", path)?;
+    add_flags(copy.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, Depth::One)
+        .step("protecting", path)?;
+    rustix::fs::open(
+        name_of(&copy),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .step("opening", path)
+}
+
+/// A path that leads to what is open.
+fn name_of(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
 /// `/tmp` exists and can be written to, whatever the image has.
 fn provide_tmp(root: BorrowedFd<'_>, plan: &StartPlan) -> Result<(), Failed> {
     let path = Path::new("/tmp");
@@ -157,11 +177,8 @@ fn open_tmp(root: BorrowedFd<'_>) -> Result<OwnedFd, Failed> {
     let (tmp, made) = make_dir(root, path)?;
     if made == Made::Now {
         // An O_PATH descriptor can't be changed; its name can.
-        rustix::fs::chmod(
-            format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&tmp)),
-            Mode::from_raw_mode(0o1777),
-        )
-        .step("opening to everybody", path)?;
+        rustix::fs::chmod(name_of(&tmp), Mode::from_raw_mode(0o1777))
+            .step("opening to everybody", path)?;
     }
     Ok(tmp)
 }
