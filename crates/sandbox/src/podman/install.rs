@@ -95,6 +95,10 @@ pub(super) fn find_runtime() -> Option<Runtime> {
 pub(super) fn version_of(podman: &Path) -> Option<Version> {
     let output = Command::new(podman)
         .arg("--version")
+        // Even for this it wants a home that exists; it writes nothing there.
+        .env_clear()
+        .env("PATH", search_path())
+        .env("HOME", "/")
         .stdin(Stdio::null())
         .output()
         .ok()?;

@@ -119,7 +119,7 @@ impl PodmanEngine {
             install,
             namespace,
             environment,
-        )?);
+        ));
         // Fails now rather than at the first sandbox.
         rest.service().ensure().await?;
         Ok(Self {

@@ -72,6 +72,7 @@ impl Namespace {
                 let podman = podman_command(install, layout, environment);
                 let ids = mount_rootless(layout, podman).await?;
                 let pause = pause_process(layout)
+                    .filter(|pause| sees_databases(*pause, layout))
                     .ok_or_else(|| gone("pause process", "it did not stay"))?;
                 (pause, ids)
             }
@@ -128,8 +129,7 @@ fn recorded_holder(layout: &Layout) -> Option<Process> {
 }
 
 /// Podman's own keeper of a plain user's namespaces. Its number may be stale,
-/// so whoever has it must look the part: ours, in another user namespace, and
-/// with the databases' tmpfs mounted.
+/// so whoever has it must look the part: ours, and in another user namespace.
 pub(super) fn pause_process(layout: &Layout) -> Option<Process> {
     let text = std::fs::read_to_string(layout.tmp().join("pause.pid")).ok()?;
     let process = Process::of(text.trim().parse().ok()?)?;
@@ -137,19 +137,16 @@ pub(super) fn pause_process(layout: &Layout) -> Option<Process> {
     let ours = std::fs::metadata(&proc).ok()?.uid() == rustix::process::geteuid().as_raw();
     let namespace = |of: &str| std::fs::read_link(format!("{of}/ns/user")).ok();
     let apart = namespace(&proc)? != namespace("/proc/self")?;
-    let mounts = std::fs::read(format!("{proc}/mountinfo")).ok()?;
-    let meta = layout.meta();
-    let meta = meta.as_os_str().as_bytes();
-    let mounted = mounts
+    (ours && apart && process.lives()).then_some(process)
+}
+
+/// Whether a process sees the databases' tmpfs.
+fn sees_databases(process: Process, layout: &Layout) -> bool {
+    let mounts = std::fs::read(format!("/proc/{}/mountinfo", process.pid)).unwrap_or_default();
+    mounts
         .split(|b| *b == b'\n')
         .filter_map(|line| line.split(|b| *b == b' ').nth(4))
-        .any(|at| {
-            crate::cgroup::unescape_mount_path(at)
-                .as_os_str()
-                .as_bytes()
-                == meta
-        });
-    (ours && apart && mounted && process.lives()).then_some(process)
+        .any(|at| crate::cgroup::unescape_mount_path(at) == layout.meta())
 }
 
 fn start_holder(layout: &Layout) -> Result<Process, EngineError> {

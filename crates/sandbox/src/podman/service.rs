@@ -12,9 +12,7 @@ use crate::guest_client::connect;
 use rustix::process::Signal;
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{ChildStderr, Command, Stdio};
@@ -38,9 +36,6 @@ pub(super) struct Service {
     install: Installation,
     namespace: Namespace,
     environment: Vec<(&'static str, OsString)>,
-    /// Its directory, open: names its socket shortly, since an address holds
-    /// 107 bytes only.
-    directory: File,
     state: tokio::sync::Mutex<State>,
 }
 
@@ -72,17 +67,14 @@ impl Service {
         install: Installation,
         namespace: Namespace,
         environment: Vec<(&'static str, OsString)>,
-    ) -> Result<Self, EngineError> {
-        let directory = File::open(layout.engine())
-            .map_err(|e| EngineError::step("opening", layout.engine().display(), e))?;
-        Ok(Self {
+    ) -> Self {
+        Self {
             layout,
             install,
             namespace,
             environment,
-            directory,
             state: tokio::sync::Mutex::default(),
-        })
+        }
     }
 
     /// Where it listens, after starting it if it does not run.
@@ -130,28 +122,23 @@ impl Service {
         }
     }
 
-    /// The socket's name as Podman sees it: through our open descriptor, since
-    /// its real path may be too long to listen on.
-    fn short_socket(&self, number: u64) -> String {
-        format!(
-            "/proc/{}/fd/{}/{}",
-            std::process::id(),
-            self.directory.as_raw_fd(),
-            Self::socket_name(number)
-        )
-    }
-
     async fn start(&self, number: u64) -> Result<Running, EngineError> {
         let address = self.address(number);
         let _ = std::fs::remove_file(&address.socket);
         let mut command = self.podman();
         command
             .args(["system", "service", "--time=0"])
-            .arg(format!("unix://{}", self.short_socket(number)))
+            // Its real path may be too long to listen on: an address holds
+            // 107 bytes.
+            .arg(format!("unix:///proc/self/cwd/{}", Self::socket_name(number)))
+            .current_dir(self.layout.engine())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        self.namespace.enter(&mut command);
+        // As a plain user Podman enters by itself, and has to.
+        if self.install.privilege == Privilege::Rootful {
+            self.namespace.enter(&mut command);
+        }
         let owner = rustix::process::getpid();
         // SAFETY: runs between fork and exec; system calls only.
         unsafe {
