@@ -1,5 +1,6 @@
-//! The verbs on sandboxes. Creating and starting are here; what is asked of a
-//! living one is in [`super::watch`].
+//! How sandboxes come and go: create, start, destroy, adopt. What is asked of a
+//! living one is in [`super::watch`], freezing its files in
+//! [`super::freezing`].
 
 use super::containers;
 use super::layout::Layout;
@@ -11,7 +12,7 @@ use super::roots::{Roots, blocking};
 use super::watch;
 use crate::cgroup::{Bounds, Cgroups, Controller, Frozen, Group};
 use crate::context::EngineContext;
-use crate::engine::{EngineKind, SnapshotMode};
+use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::guest_client::connect;
 use crate::image::{Image, ImageRef};
@@ -19,9 +20,8 @@ use crate::rootfs::Rootfs;
 use crate::snapshot::Snapshots;
 use crate::spec::{Limits, SandboxSpec};
 use crate::state::make_dir;
-use crate::tree::CopyOptions;
 use rustix::process::Signal;
-use skyrl_protocol::{SandboxId, SnapshotId};
+use skyrl_protocol::SandboxId;
 use std::collections::HashMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,8 @@ pub(super) struct Podman {
     pub(super) roots: Roots,
     pub(super) cgroups: Cgroups,
     pub(super) snapshots: Arc<Snapshots>,
+    /// Held while it is decided what becomes of a snapshot.
+    pub(super) books: tokio::sync::Mutex<()>,
     pub(super) translator: Option<Translator>,
     pub(super) sandboxes: Mutex<HashMap<SandboxId, Arc<Live>>>,
 }
@@ -80,7 +82,7 @@ fn entrances(group: &Group) -> String {
 }
 
 impl Podman {
-    fn live(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Live>>> {
+    pub(super) fn live(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Live>>> {
         match self.sandboxes.lock() {
             Ok(live) => live,
             Err(poisoned) => poisoned.into_inner(),
@@ -100,11 +102,7 @@ impl Podman {
 
     async fn image(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<Image, EngineError> {
         if let ImageRef::Snapshot(snapshot) = &spec.image {
-            let (snapshots, snapshot, id) = (self.snapshots.clone(), snapshot.clone(), id.clone());
-            return blocking("resolving a snapshot", move || {
-                Ok(snapshots.acquire(&snapshot, &id)?)
-            })
-            .await;
+            return self.acquire(snapshot, id).await;
         }
         let progress = self.context.progress.as_ref();
         let images = &self.context.images;
@@ -290,7 +288,7 @@ impl Podman {
     }
 
     /// Kills what runs in a sandbox, and waits until it is gone.
-    async fn kill(&self, id: &SandboxId, record: &Record) -> Result<(), EngineError> {
+    pub(super) async fn kill(&self, id: &SandboxId, record: &Record) -> Result<(), EngineError> {
         let (mut first, mut monitor) = (record.first, record.monitor);
         if first.is_none()
             && let Some(state) = containers::inspect(&self.rest, id).await?
@@ -349,7 +347,7 @@ impl Podman {
     }
 
     /// Removes all that is left of a sandbox whose processes are gone.
-    async fn dismantle(
+    pub(super) async fn dismantle(
         self: &Arc<Self>,
         id: &SandboxId,
         record: Option<Record>,
@@ -361,86 +359,26 @@ impl Podman {
             }
             self.roots.remove(&directory).await
         };
+        let from_snapshot = record
+            .as_ref()
+            .is_none_or(|r| matches!(r.image.reference, ImageRef::Snapshot(_)));
         tokio::try_join!(containers::remove(&self.rest, id), files)?;
-        let (podman, id) = (self.clone(), id.clone());
-        blocking("removing a sandbox", move || {
-            if let Some(record) = &record {
-                record.group.kill();
-                record.group.remove(DEATH_PATIENCE)?;
-            }
-            let owner = podman.context.owner.owner();
-            podman.context.images.unmark(owner, &id)?;
-            podman.release(&id)
-        })
-        .await
-    }
-
-    fn release(&self, id: &SandboxId) -> Result<(), EngineError> {
-        Ok(self.snapshots.release(id)?)
-    }
-
-    pub(super) async fn snapshot(
-        self: &Arc<Self>,
-        id: &SandboxId,
-        snapshot: &SnapshotId,
-        mode: SnapshotMode,
-    ) -> Result<(), EngineError> {
-        let live = self.get(id)?;
-        live.settled().await?;
-        match mode {
-            SnapshotMode::Copy => {
-                let paused = self.is_paused(&live);
-                if !paused {
-                    self.pause(id).await?;
+        {
+            let (podman, id) = (self.clone(), id.clone());
+            blocking("removing a sandbox", move || {
+                if let Some(record) = &record {
+                    record.group.kill();
+                    record.group.remove(DEATH_PATIENCE)?;
                 }
-                let frozen = self.freeze(&live.record(), snapshot, mode).await;
-                if !paused {
-                    self.resume(id).await?;
-                }
-                frozen
-            }
-            SnapshotMode::Consume => {
-                let record = live.record();
-                self.kill(id, &record).await?;
-                self.roots.unmount(&record.rootfs).await?;
-                self.freeze(&record, snapshot, mode).await?;
-                self.dismantle(id, Some(record)).await?;
-                self.live().remove(id);
-                Ok(())
-            }
+                let owner = podman.context.owner.owner();
+                Ok(podman.context.images.unmark(owner, &id)?)
+            })
+            .await?;
         }
-    }
-
-    async fn freeze(
-        self: &Arc<Self>,
-        record: &Record,
-        snapshot: &SnapshotId,
-        mode: SnapshotMode,
-    ) -> Result<(), EngineError> {
-        let (snapshots, snapshot, record) =
-            (self.snapshots.clone(), snapshot.clone(), record.clone());
-        blocking("freezing files", move || {
-            let written = record.rootfs.written();
-            Ok(snapshots.freeze(
-                &snapshot,
-                &record.image,
-                record.rootfs.source(&written),
-                mode,
-                CopyOptions::default(),
-            )?)
-        })
-        .await
-    }
-
-    pub(super) async fn remove_snapshot(
-        self: &Arc<Self>,
-        snapshot: &SnapshotId,
-    ) -> Result<(), EngineError> {
-        let (snapshots, snapshot) = (self.snapshots.clone(), snapshot.clone());
-        blocking("removing a snapshot", move || {
-            Ok(snapshots.remove(&snapshot)?)
-        })
-        .await
+        if from_snapshot {
+            self.release(id).await?;
+        }
+        Ok(())
     }
 
     pub(super) async fn adopt(self: &Arc<Self>) -> Result<Vec<(SandboxId, PathBuf)>, EngineError> {

@@ -19,6 +19,7 @@
 
 mod conf;
 mod containers;
+mod freezing;
 mod install;
 mod layout;
 mod lifecycle;
@@ -102,6 +103,9 @@ impl PodmanEngine {
             method,
             install.privilege,
         );
+        // What an earlier process was about to remove may hold files that only
+        // the namespace can remove.
+        freezing::clear_half_removed(&layout, &roots).await?;
         let snapshots = {
             let (owner, images) = (context.owner.clone(), (*context.images).clone());
             blocking("opening snapshots", move || {
@@ -130,6 +134,7 @@ impl PodmanEngine {
                 roots,
                 cgroups,
                 snapshots: Arc::new(snapshots),
+                books: Default::default(),
                 translator,
                 sandboxes: Default::default(),
             }),

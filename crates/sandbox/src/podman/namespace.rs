@@ -103,9 +103,13 @@ impl Namespace {
         }
     }
 
-    /// Makes a program start inside, as its root.
-    pub(super) fn enter(&self, command: &mut Command) {
+    /// Makes a program start inside, as its root, in a directory.
+    ///
+    /// # Errors
+    /// When the directory's name can't be given to the kernel.
+    pub(super) fn enter(&self, command: &mut Command, directory: &Path) -> Result<(), EngineError> {
         let (user, mount) = (self.user.clone(), self.mount.clone());
+        let directory = kernel_path(directory)?;
         // SAFETY: runs between fork and exec; system calls on descriptors
         // opened before, no allocation, no lock.
         unsafe {
@@ -113,10 +117,13 @@ impl Namespace {
                 if let Some(user) = &user {
                     move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))?;
                 }
+                // This also goes to the namespace's root directory.
                 move_into_link_name_space(mount.as_fd(), Some(LinkNameSpaceType::Mount))?;
+                rustix::process::chdir(directory.as_c_str())?;
                 Ok(())
             });
         }
+        Ok(())
     }
 }
 
@@ -149,17 +156,18 @@ fn sees_databases(process: Process, layout: &Layout) -> bool {
         .any(|at| crate::cgroup::unescape_mount_path(at) == layout.meta())
 }
 
+fn kernel_path(path: &Path) -> Result<CString, EngineError> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|e| EngineError::step("using", path.display(), e.into()))
+}
+
 fn start_holder(layout: &Layout) -> Result<Process, EngineError> {
     // Podman mounts network namespaces there.
     let netns = Path::new("/run/netns");
     std::fs::create_dir_all(netns)
         .map_err(|e| EngineError::step("making directory", netns.display(), e))?;
-    let path = |path: &Path| {
-        CString::new(path.as_os_str().as_bytes())
-            .map_err(|e| EngineError::step("using", path.display(), e.into()))
-    };
-    let meta = path(&layout.meta())?;
-    let run = path(&layout.runtime_dir())?;
+    let meta = kernel_path(&layout.meta())?;
+    let run = kernel_path(&layout.runtime_dir())?;
     let (reader, writer) = io::pipe().map_err(|e| EngineError::step("making", "a pipe", e))?;
     let mut command = Command::new("/bin/sh");
     command

@@ -112,6 +112,21 @@ impl Roots {
         self.run(command, STEP_LIMIT).await.map(drop)
     }
 
+    /// Whether sandboxes leave files that this process can't touch.
+    pub(super) fn foreign_files(&self) -> bool {
+        self.foreign_files
+    }
+
+    /// Copies a tree with everything a file system shows, whiteouts and
+    /// opaque marks included, where this process can't read all of it.
+    pub(super) async fn copy(&self, from: &Path, to: &Path) -> Result<(), EngineError> {
+        let mut command = tool("cp")?;
+        command
+            .args(["-a", "--one-file-system", "--no-target-directory", "--"])
+            .args([from, to]);
+        self.run(command, TREE_LIMIT).await.map(drop)
+    }
+
     /// Removes a directory with all a sandbox wrote in it.
     pub(super) async fn remove(&self, directory: &Path) -> Result<(), EngineError> {
         if self.foreign_files && directory.exists() {
@@ -161,8 +176,8 @@ impl Roots {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        command.env_clear().current_dir("/").stdin(Stdio::null());
-        self.namespace.enter(&mut command);
+        command.env_clear().stdin(Stdio::null());
+        self.namespace.enter(&mut command, Path::new("/"))?;
         let mut command = tokio::process::Command::from(command);
         let output = tokio::time::timeout(limit, command.kill_on_drop(true).output())
             .await

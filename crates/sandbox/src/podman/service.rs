@@ -130,14 +130,17 @@ impl Service {
             .args(["system", "service", "--time=0"])
             // Its real path may be too long to listen on: an address holds
             // 107 bytes.
-            .arg(format!("unix:///proc/self/cwd/{}", Self::socket_name(number)))
+            .arg(format!(
+                "unix:///proc/self/cwd/{}",
+                Self::socket_name(number)
+            ))
             .current_dir(self.layout.engine())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         // As a plain user Podman enters by itself, and has to.
         if self.install.privilege == Privilege::Rootful {
-            self.namespace.enter(&mut command);
+            self.namespace.enter(&mut command, self.layout.engine())?;
         }
         let owner = rustix::process::getpid();
         // SAFETY: runs between fork and exec; system calls only.
