@@ -204,6 +204,31 @@ fn nothing_inherited_but_the_listener_is_kept() {
 }
 
 #[test]
+fn a_kill_for_lack_of_memory_is_told_from_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let events = dir.path().join("memory.events");
+    fs::write(&events, "oom 0\noom_kill 2\n").unwrap();
+    let opened = fs::File::open(&events).unwrap();
+    let fd = opened.as_raw_fd();
+    let guest = TestGuest::start_with(|command, _| {
+        command.args(["--oom-fd", "9"]);
+        // SAFETY: only duplicates a descriptor between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                libc::dup2(fd, 9);
+                Ok(())
+            });
+        }
+    });
+    let count = format!("echo oom_kill 3 > {}", events.display());
+    assert!(!guest.shell("kill -9 $$").oom_killed);
+    assert!(guest.shell(&format!("{count}; kill -9 $$")).oom_killed);
+    assert!(!guest.shell("kill -9 $$").oom_killed, "an earlier kill");
+    // Somebody else's misfortune does not spoil a success.
+    assert!(!guest.shell(&format!("{count}4; true")).oom_killed);
+}
+
+#[test]
 fn wrong_usage_is_explained() {
     for arguments in [
         &[][..],
