@@ -107,6 +107,19 @@ def cpu_seconds(pids):
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def running(program):
+    """Every process whose program is this very file, in whichever mount namespace."""
+    wanted, found = os.stat(program), []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            at = os.stat(f"/proc/{pid}/exe")
+        except OSError:
+            continue
+        if (at.st_dev, at.st_ino) == (wanted.st_dev, wanted.st_ino):
+            found.append(int(pid))
+    return found
+
+
 def free_memory_mib():
     with open("/proc/meminfo") as file:
         for line in file:
