@@ -21,8 +21,9 @@ class Driver:
         try:
             self.hello = self._read()
         except RuntimeError:
+            self.child.wait()
             with open(log) as file:
-                raise RuntimeError(f"{engine} could not be opened: {file.read()[-2000:]}") from None
+                raise RuntimeError(file.read().strip()[-1000:]) from None
 
     def _read(self):
         line = self.child.stdout.readline()
@@ -64,6 +65,10 @@ class Engine:
         self.count = 0
 
     def missing(self):
+        try:
+            self.driver = Driver(self.program, self.engine, self.state, self.log)
+        except RuntimeError as error:
+            return str(error)
         return None
 
     def _fresh(self, kind):
@@ -71,7 +76,6 @@ class Engine:
         return f"{kind}{self.count}"
 
     def open(self):
-        self.driver = Driver(self.program, self.engine, self.state, self.log)
         self.ask = self.driver.ask
         self.socket = self.ask("start", name="live", image=self.image)["socket"]
         for mib in (1, 200):
@@ -144,7 +148,9 @@ class Engine:
         started = self.ask("start_many", prefix="idle", count=options.crowd, parallel=8, image=self.image)
         table.add("crowd_start", label, started["seconds"])
         process.settle(3)
-        table.add("crowd_memory", label, before - process.free_memory_mib())
+        table.add("crowd_memory", f"{label}, off MemAvailable", before - process.free_memory_mib())
+        ours = {self.driver.child.pid, *process.users_of(self.state), *process.running(self.driver.hello["guest"])}
+        table.add("crowd_memory", f"{label}, PSS of all processes", process.memory_mib(ours, "Pss"))
         names = [f"idle{number}" for number in range(options.crowd)]
         table.add("crowd_exec", label, *self.ask("crowd", names=names, callers=1, seconds=options.seconds)["ms"])
         ended = self.ask("destroy_many", prefix="idle", count=options.crowd, parallel=8)
@@ -180,4 +186,6 @@ class Guest:
             table.add("healthy", "guest", watch.ms())
             process.stop(server)
         pids = process.running(program)
+        if not pids:
+            raise RuntimeError("no running guest was found to measure its memory")
         table.add("rss", "guest", *(process.memory_mib([pid]) for pid in pids))

@@ -45,8 +45,9 @@ def stop(process):
     process.wait()
 
 
-def stop_users_of(directory):
-    """Ends every process whose command line names `directory`, which is ours."""
+def users_of(directory):
+    """Every process whose command line names `directory`, which is ours."""
+    found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -54,10 +55,16 @@ def stop_users_of(directory):
         except OSError:
             continue
         if int(pid) != os.getpid() and any(os.fsencode(directory) in word for word in words):
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            found.append(int(pid))
+    return found
+
+
+def stop_users_of(directory):
+    for pid in users_of(directory):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _children(pid):
@@ -108,14 +115,15 @@ def cpu_seconds(pids):
 
 
 def running(program):
-    """Every process whose program is this very file, in whichever mount namespace."""
+    """Every process of this very program: mounted elsewhere, or run from a
+    copy in memory that keeps its name."""
     wanted, found = os.stat(program), []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            at = os.stat(f"/proc/{pid}/exe")
+            at, name = os.stat(f"/proc/{pid}/exe"), os.readlink(f"/proc/{pid}/exe")
         except OSError:
             continue
-        if (at.st_dev, at.st_ino) == (wanted.st_dev, wanted.st_ino):
+        if (at.st_dev, at.st_ino) == (wanted.st_dev, wanted.st_ino) or os.path.basename(program) in name:
             found.append(int(pid))
     return found
 
