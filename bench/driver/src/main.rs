@@ -9,10 +9,10 @@
 use serde::{Deserialize, Serialize};
 use skyrl_protocol::guest::ExecRequest;
 use skyrl_protocol::{OwnerId, SandboxId, SnapshotId};
+use skyrl_sandbox::programs::{Programs, guest_size};
 use skyrl_sandbox::{
     EngineKind, ImageRef, Options, Sandbox, SandboxSpec, Sandboxes, SnapshotMode, StateDir,
 };
-use skyrl_sandbox::programs::{Programs, guest_size};
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
