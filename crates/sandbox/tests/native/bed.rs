@@ -3,6 +3,7 @@
 
 use skyrl_protocol::SandboxId;
 use skyrl_protocol::guest::{ExecRequest, ExecResult};
+use skyrl_sandbox::cgroup::Cgroups;
 use skyrl_sandbox::image::Quiet;
 use skyrl_sandbox::native::{NativeEngine, NativeOptions};
 use skyrl_sandbox::programs::Programs;
@@ -205,11 +206,7 @@ pub(crate) fn processes_of(owner: &std::path::Path) -> Vec<i32> {
 
 /// cgroups whose name belongs to the owner.
 fn groups_of(owner: &std::path::Path) -> Vec<PathBuf> {
-    let record = owner.join("engine/native/cgroups.json");
-    let parents: Vec<PathBuf> = std::fs::read(record)
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok())
-        .unwrap_or_default();
+    let parents = Cgroups::probe().parents();
     parents
         .iter()
         .flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten().flatten())
