@@ -94,11 +94,6 @@ pub(crate) fn busybox() -> SandboxSpec {
     })
 }
 
-/// A spec on the busybox root as it lies there, in one layer.
-pub(crate) fn busybox_directory() -> SandboxSpec {
-    SandboxSpec::new(ImageRef::Directory(image_path("busybox")))
-}
-
 /// A spec on the Debian image.
 pub(crate) fn debian() -> SandboxSpec {
     SandboxSpec::new(ImageRef::Directory(image_path("debian")))
