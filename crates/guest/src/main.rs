@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 const USAGE: &str = "usage: skyrl-guest (--listen-fd N | --listen PATH) \
-    [--workdir DIR] [--lease SECONDS] [--oom-fd N]";
+    [--workdir DIR] [--lease SECONDS] [--oom-fd N] [--name NAME]";
 
 enum Listen {
     Descriptor(RawFd),
@@ -42,6 +42,8 @@ fn parse(mut given: impl Iterator<Item = OsString>) -> Result<Arguments, String>
             "--listen-fd" => listen = Some(Listen::Descriptor(number()? as RawFd)),
             "--workdir" => workdir = Some(PathBuf::from(value)),
             "--lease" => lease = Some(Duration::from_secs(number()?.into())),
+            // Only there to be seen in the process table.
+            "--name" => {}
             "--oom-fd" => oom_fd = Some(number()? as RawFd),
             _ => return Err(format!("unknown option {name}")),
         }

@@ -189,6 +189,11 @@ pub struct LaunchPlan {
     pub cgroups: CgroupPlan,
     /// Where the guest's listening socket is bound, on the host.
     pub socket: PathBuf,
+    /// Host file that counts kills for lack of memory; inherited as
+    /// descriptor 4.
+    pub oom_counter: Option<PathBuf>,
+    /// The guest's program; inherited as the descriptor after those.
+    pub guest: PathBuf,
     /// The runtime's program.
     pub program: PathBuf,
     /// Arguments of the runtime, program name first.

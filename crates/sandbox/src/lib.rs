@@ -12,6 +12,7 @@ pub mod error;
 pub mod guest_client;
 pub mod image;
 pub mod native;
+pub mod oci;
 pub mod podman;
 pub mod probe;
 pub mod programs;

@@ -6,7 +6,7 @@ use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::programs::Programs;
 use crate::state::StateDir;
-use crate::{native, podman};
+use crate::{native, oci, podman};
 use serde::{Deserialize, Serialize};
 
 /// One thing an engine looked at.
@@ -118,7 +118,7 @@ pub async fn one(kind: EngineKind, state: &StateDir) -> Result<EngineProbe, Engi
     let look = move || match kind {
         EngineKind::Native => native::probe(&programs.zygote, &root),
         EngineKind::Podman => Ok(podman::probe()),
-        other @ EngineKind::Oci => Ok(EngineProbe::unusable(other, Vec::new(), "not offered yet")),
+        EngineKind::Oci => oci::probe(&programs, &root),
     };
     tokio::task::spawn_blocking(look)
         .await

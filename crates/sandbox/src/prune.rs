@@ -5,7 +5,7 @@ use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::image::ImageStore;
 use crate::state::{OwnerDir, OwnerLock, StateDir};
-use crate::{native, podman, tree};
+use crate::{native, oci, podman, tree};
 use skyrl_protocol::OwnerId;
 
 /// Removes every owner whose process is gone. Returns their names.
@@ -54,6 +54,7 @@ async fn clear(owner: &OwnerDir) -> Result<(), EngineError> {
                 reason: panic.to_string(),
             })
         })?;
+    oci::sweep(owner).await?;
     podman::sweep(owner).await
 }
 

@@ -6,7 +6,7 @@
 //! The launcher clones itself into the new namespaces, lives as long as the
 //! runtime, and ends as it does; killing the launcher kills the runtime.
 
-use crate::setup::become_runtime;
+use crate::setup::{ForRuntime, become_runtime};
 use crate::spawn::{clone_into, listen_at, open_v2_group};
 use crate::step::{Failed, Step};
 use rustix::fs::{Mode, OFlags};
@@ -14,7 +14,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
 use skyrl_protocol::zygote::{LaunchPlan, UserNamespacePlan};
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Exit status when it was the launcher that failed; what it prints then is a
@@ -44,8 +44,11 @@ fn run(path: &Path) -> Result<u8, Failed> {
         .step("asking to die with", "the engine")?;
     let text = fs::read(path).step("reading", path)?;
     let plan: LaunchPlan = serde_json::from_slice(&text).step("reading", path)?;
-    let program = rustix::fs::open(&plan.program, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .step("opening", &plan.program)?;
+    let open = |path: &PathBuf| {
+        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).step("opening", path)
+    };
+    let program = open(&plan.program)?;
+    let guest = open(&plan.guest)?;
     let listener = listen_at(&plan.socket)?;
     let v2 = open_v2_group(&plan.cgroups)?;
     let ids = (
@@ -57,7 +60,13 @@ fn run(path: &Path) -> Result<u8, Failed> {
         namespaces |= libc::CLONE_NEWUSER;
     }
     let (pid, _) = clone_into(namespaces, v2.as_ref(), || {
-        match become_runtime(&plan, program.as_fd(), listener.as_fd(), ids) {
+        let inherited = ForRuntime {
+            program: program.as_fd(),
+            listener: listener.as_fd(),
+            guest: guest.as_fd(),
+            ids,
+        };
+        match become_runtime(&plan, &inherited) {
             Ok(never) => match never {},
             Err(failed) => print(&failed),
         }

@@ -128,16 +128,6 @@ fn cut_character(bytes: &[u8]) -> usize {
     0
 }
 
-/// What becomes of bytes that are no UTF-8.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Invalid {
-    /// U+FFFD.
-    #[default]
-    Replace,
-    /// `\xff`, as Python's `backslashreplace` writes it.
-    Backslash,
-}
-
 /// Where the renderer stands in an escape sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Escape {
@@ -161,7 +151,6 @@ enum Escape {
 #[derive(Debug)]
 pub(crate) struct Renderer {
     mode: ShellText,
-    invalid: Invalid,
     escape: Escape,
     /// The beginning of a character whose rest has not come.
     partial: Vec<u8>,
@@ -173,10 +162,9 @@ pub(crate) struct Renderer {
 
 impl Renderer {
     /// Renders in a mode.
-    pub(crate) fn new(mode: ShellText, invalid: Invalid) -> Self {
+    pub(crate) fn new(mode: ShellText) -> Self {
         Self {
             mode,
-            invalid,
             escape: Escape::None,
             partial: Vec::new(),
             carriage_return: false,
@@ -336,7 +324,7 @@ impl Renderer {
                         self.partial.extend_from_slice(rest);
                         return;
                     };
-                    self.invalid(&rest[..invalid], store);
+                    self.text("\u{fffd}", store);
                     bytes = &rest[invalid..];
                 }
             }
@@ -362,21 +350,10 @@ impl Renderer {
         }
     }
 
-    fn invalid(&mut self, bytes: &[u8], store: &mut HeadTail) {
-        match self.invalid {
-            Invalid::Replace => self.text("\u{fffd}", store),
-            Invalid::Backslash => {
-                for byte in bytes {
-                    self.text(&format!("\\x{byte:02x}"), store);
-                }
-            }
-        }
-    }
-
     fn flush_partial(&mut self, store: &mut HeadTail) {
         if !self.partial.is_empty() {
-            let partial = std::mem::take(&mut self.partial);
-            self.invalid(&partial, store);
+            self.partial.clear();
+            self.text("\u{fffd}", store);
         }
     }
 
@@ -403,13 +380,13 @@ mod tests {
     fn render(mode: ShellText, bytes: &[u8]) -> String {
         let whole = {
             let mut store = HeadTail::new(1 << 20);
-            let mut renderer = Renderer::new(mode, Invalid::Replace);
+            let mut renderer = Renderer::new(mode);
             renderer.feed(bytes, &mut store);
             renderer.flush(&mut store);
             store.take().0
         };
         let mut store = HeadTail::new(1 << 20);
-        let mut renderer = Renderer::new(mode, Invalid::Replace);
+        let mut renderer = Renderer::new(mode);
         for byte in bytes {
             renderer.feed(&[*byte], &mut store);
         }
@@ -453,15 +430,6 @@ mod tests {
             render(ShellText::Raw, b"\x1b[1ma\r\n\xff"),
             "\u{1b}[1ma\r\n\u{fffd}"
         );
-    }
-
-    #[test]
-    fn invalid_bytes_can_be_spelled_out() {
-        let mut store = HeadTail::new(100);
-        let mut renderer = Renderer::new(ShellText::Plain, Invalid::Backslash);
-        renderer.feed(b"a\xff\xc3(\xe2\x82", &mut store);
-        renderer.flush(&mut store);
-        assert_eq!(store.take().0, "a\\xff\\xc3(\\xe2\\x82");
     }
 
     #[test]

@@ -31,6 +31,23 @@ pub(super) struct V2Parent {
     pub(super) must_vacate: bool,
 }
 
+/// The caller's own group in every mounted v1 hierarchy, whatever it controls:
+/// where programs that make their own groups make them.
+pub fn own_groups() -> Vec<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let (own, mounts) = (memberships(&own), mounted(&mounts));
+    own.iter()
+        .filter_map(|own| {
+            let controller = own.controllers.first()?;
+            let mount = mounts
+                .iter()
+                .find(|m| !m.v2 && m.options.contains(controller))?;
+            directory(mount, own.path).ok()
+        })
+        .collect()
+}
+
 /// One line of `/proc/self/cgroup`.
 #[derive(Debug, PartialEq, Eq)]
 struct Membership<'a> {

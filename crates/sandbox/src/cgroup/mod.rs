@@ -10,7 +10,7 @@ pub mod discover;
 pub mod group;
 mod victims;
 
-pub use discover::Cgroups;
+pub use discover::{Cgroups, own_groups};
 pub use group::{Bounds, Frozen, Group, Usage};
 pub use victims::{Victim, victims};
 

@@ -166,7 +166,12 @@ impl NativeEngine {
     }
 
     fn enforcement(&self, spec: &SandboxSpec) -> Result<Enforcement, EngineError> {
-        enforce(&spec.limits, &self.machine.cgroups, self.machine.kernel())
+        enforce(
+            EngineKind::Native,
+            &spec.limits,
+            &self.machine.cgroups,
+            self.machine.kernel(),
+        )
     }
 
     /// What the zygote says unasked ends up in the books.
@@ -392,7 +397,7 @@ impl Engine for NativeEngine {
     async fn create(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), EngineError> {
         plan::check(spec, id)?;
         self.enforcement(spec)?;
-        super::network::plan(spec.network, self.user_namespace())?;
+        super::network::plan(EngineKind::Native, spec.network, self.user_namespace())?;
         let dir = self.context.owner.sandbox(id);
         if self.books.find(id).is_some() {
             return Err(EngineError::Exists(id.clone()));

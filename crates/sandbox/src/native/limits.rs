@@ -10,22 +10,38 @@ use crate::watchdog::WatchLimits;
 
 /// How a sandbox's limits are held.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Enforcement {
+pub(crate) struct Enforcement {
     /// By control groups.
-    pub(super) bounds: Bounds,
+    pub(crate) bounds: Bounds,
     /// By resource limits: number, and value for soft and hard.
-    pub(super) rlimits: Vec<(u32, u64)>,
+    pub(crate) rlimits: Vec<(u32, u64)>,
     /// By looking.
-    pub(super) watch: WatchLimits,
+    pub(crate) watch: WatchLimits,
 }
 
 /// What the decision depends on, besides the groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     /// Sandboxes have a user namespace of their own.
-    pub(super) user_namespace: bool,
+    pub(crate) user_namespace: bool,
     /// Processes are counted for each user namespace apart (since 5.14).
-    pub(super) counts_by_namespace: bool,
+    pub(crate) counts_by_namespace: bool,
+}
+
+impl Kernel {
+    /// Of this machine, for sandboxes with or without a user namespace.
+    pub(crate) fn of_this_machine(user_namespace: bool) -> Self {
+        let uname = rustix::system::uname();
+        let release = uname.release().to_string_lossy();
+        let mut numbers = release
+            .split(|c: char| !c.is_ascii_digit())
+            .filter_map(|n| n.parse::<u32>().ok());
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        Self {
+            user_namespace,
+            counts_by_namespace: version >= (5, 14),
+        }
+    }
 }
 
 /// Least memory a guest and a shell can live in.
@@ -38,7 +54,8 @@ const LEAST_PIDS: u32 = 16;
 /// itself refuses: programs reserve more than they use.
 const RESERVATION: u64 = 1 << 30;
 
-pub(super) fn enforce(
+pub(crate) fn enforce(
+    engine: EngineKind,
     limits: &Limits,
     cgroups: &Cgroups,
     kernel: Kernel,
@@ -51,7 +68,7 @@ pub(super) fn enforce(
         cgroups
             .check(Controller::Cpu)
             .map_err(|reason| EngineError::LimitUnsupported {
-                engine: EngineKind::Native,
+                engine,
                 limit: "cpus",
                 reason: reason.to_owned(),
             })?;
@@ -123,7 +140,7 @@ mod tests {
     #[test]
     fn without_groups_the_watchdog_and_resource_limits_hold_what_they_can() {
         let none = Cgroups::unavailable("no cgroups here");
-        let held = enforce(&all(), &none, USER).unwrap();
+        let held = enforce(EngineKind::Native, &all(), &none, USER).unwrap();
         assert_eq!(held.bounds, Bounds::default());
         assert_eq!(held.watch.memory_bytes, Some(64 << 20));
         assert_eq!(held.watch.pids, Some(100));
@@ -138,7 +155,7 @@ mod tests {
             counts_by_namespace: false,
             ..USER
         };
-        let held = enforce(&all(), &none, old).unwrap();
+        let held = enforce(EngineKind::Native, &all(), &none, old).unwrap();
         assert!(!held.rlimits.iter().any(|(r, _)| *r == libc::RLIMIT_NPROC));
         assert_eq!(held.watch.pids, Some(100));
     }
@@ -150,7 +167,7 @@ mod tests {
             cpus: Some(1.0),
             ..Limits::default()
         };
-        let error = enforce(&limits, &none, USER).unwrap_err();
+        let error = enforce(EngineKind::Native, &limits, &none, USER).unwrap_err();
         assert!(error.to_string().contains("no cgroups here"), "{error}");
     }
 
@@ -171,7 +188,7 @@ mod tests {
                 ..Limits::default()
             },
         ] {
-            let error = enforce(&limits, &none, USER).unwrap_err();
+            let error = enforce(EngineKind::Native, &limits, &none, USER).unwrap_err();
             assert!(matches!(error, EngineError::Invalid { .. }), "{error}");
         }
     }

@@ -69,10 +69,7 @@ impl Machine {
     }
 
     pub(super) fn kernel(&self) -> Kernel {
-        Kernel {
-            user_namespace: !self.findings.privileged,
-            counts_by_namespace: kernel_version() >= (5, 14),
-        }
+        Kernel::of_this_machine(!self.findings.privileged)
     }
 
     /// The report for users.
@@ -118,37 +115,7 @@ impl Machine {
                 "a kernel with CONFIG_SECCOMP_FILTER",
             ),
         ];
-        for method in RootMethod::ALL {
-            facts.push(fact(
-                &format!("root by {method}"),
-                self.ways.finding(method),
-                "works",
-                remedy(method),
-            ));
-        }
-        for controller in [
-            Controller::Cpu,
-            Controller::Memory,
-            Controller::Pids,
-            Controller::Freezer,
-        ] {
-            let name = format!("cgroup {controller}");
-            facts.push(match self.cgroups.check(controller) {
-                Ok(()) => {
-                    let version = self.cgroups.version(controller).unwrap_or(2);
-                    Fact::good(name, format!("writable, v{version}"))
-                }
-                Err(reason) => Fact::lacking(name, reason, without(controller)),
-            });
-        }
-        facts.push(match slirp4netns() {
-            Ok(program) => Fact::good("network nat", program.display().to_string()),
-            Err(reason) => Fact::lacking(
-                "network nat",
-                reason,
-                "install slirp4netns, with /dev/net/tun open to its user",
-            ),
-        });
+        facts.extend(shared_facts(&self.ways, &self.cgroups));
         match self.obstacle() {
             Some(reason) => EngineProbe::unusable(EngineKind::Native, facts, reason),
             None => EngineProbe::usable(EngineKind::Native, facts, self.summary()),
@@ -181,6 +148,43 @@ fn fact(name: &str, finding: &Finding, good: &str, remedy: &str) -> Fact {
     }
 }
 
+/// What engines that make their own roots, groups and networks have in common.
+pub(crate) fn shared_facts(ways: &RootWays, cgroups: &Cgroups) -> Vec<Fact> {
+    let mut facts = Vec::new();
+    for method in RootMethod::ALL {
+        facts.push(fact(
+            &format!("root by {method}"),
+            ways.finding(method),
+            "works",
+            remedy(method),
+        ));
+    }
+    for controller in [
+        Controller::Cpu,
+        Controller::Memory,
+        Controller::Pids,
+        Controller::Freezer,
+    ] {
+        let name = format!("cgroup {controller}");
+        facts.push(match cgroups.check(controller) {
+            Ok(()) => {
+                let version = cgroups.version(controller).unwrap_or(2);
+                Fact::good(name, format!("writable, v{version}"))
+            }
+            Err(reason) => Fact::lacking(name, reason, without(controller)),
+        });
+    }
+    facts.push(match slirp4netns() {
+        Ok(program) => Fact::good("network nat", program.display().to_string()),
+        Err(reason) => Fact::lacking(
+            "network nat",
+            reason,
+            "install slirp4netns, with /dev/net/tun open to its user",
+        ),
+    });
+    facts
+}
+
 fn remedy(method: RootMethod) -> &'static str {
     match method {
         RootMethod::Overlay => "run as root; a plain user has the other ways",
@@ -204,13 +208,4 @@ fn without(controller: Controller) -> &'static str {
             "a delegated cgroup (`systemd-run --user --scope -p Delegate=yes`)"
         }
     }
-}
-
-fn kernel_version() -> (u32, u32) {
-    let uname = rustix::system::uname();
-    let release = uname.release().to_string_lossy();
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .filter_map(|n| n.parse().ok());
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }

@@ -8,14 +8,14 @@
 
 mod engine;
 mod entry;
-mod limits;
+pub(crate) mod limits;
 mod link;
-mod machine;
-mod network;
-mod plan;
-mod record;
+pub(crate) mod machine;
+pub(crate) mod network;
+pub(crate) mod plan;
+pub(crate) mod record;
 mod sweep;
-mod trash;
+pub(crate) mod trash;
 
 pub use engine::{NativeEngine, NativeOptions};
 pub use sweep::sweep;

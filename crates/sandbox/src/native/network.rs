@@ -12,7 +12,7 @@ use std::path::PathBuf;
 const SLIRP_NAME_SERVER: &str = "10.0.2.3";
 
 /// Finds slirp4netns and sees whether it may be used.
-pub(super) fn slirp4netns() -> Result<PathBuf, String> {
+pub(crate) fn slirp4netns() -> Result<PathBuf, String> {
     let program = find_program("slirp4netns").ok_or("slirp4netns is not installed")?;
     std::fs::OpenOptions::new()
         .read(true)
@@ -23,7 +23,8 @@ pub(super) fn slirp4netns() -> Result<PathBuf, String> {
 }
 
 /// The network of a sandbox, with the files that make names resolve in it.
-pub(super) fn plan(
+pub(crate) fn plan(
+    engine: EngineKind,
     network: Network,
     user_namespace: bool,
 ) -> Result<(NetworkPlan, Vec<FilePlan>), EngineError> {
@@ -37,7 +38,7 @@ pub(super) fn plan(
         }
         Network::Nat => {
             let program = slirp4netns().map_err(|reason| EngineError::Unusable {
-                engine: EngineKind::Native,
+                engine,
                 reason: format!("network `nat`: {reason}"),
                 hint: "install slirp4netns, or choose network `none` or `host`".into(),
             })?;

@@ -4,6 +4,7 @@
 use super::limits::Enforcement;
 use super::network;
 use super::record::{Record, socket};
+use crate::engine::EngineKind;
 use crate::error::EngineError;
 use crate::image::Image;
 use crate::rootfs::{RootMethod, Rootfs};
@@ -18,7 +19,7 @@ use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
 /// Search path of programs when the image names none.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Descriptors a process may open, unless the host allows less.
 const OPEN_FILES: u64 = 1 << 20;
@@ -30,7 +31,7 @@ const SHARED_MEMORY: u64 = 1 << 30;
 const ENVELOPE: usize = 1024;
 
 /// Checks a request for what no sandbox could be made of.
-pub(super) fn check(spec: &SandboxSpec, id: &SandboxId) -> Result<(), EngineError> {
+pub(crate) fn check(spec: &SandboxSpec, id: &SandboxId) -> Result<(), EngineError> {
     let refuse = |what: String, hint: &str| {
         Err(EngineError::Invalid {
             what,
@@ -88,14 +89,14 @@ pub(super) fn check(spec: &SandboxSpec, id: &SandboxId) -> Result<(), EngineErro
     Ok(())
 }
 
-fn hostname(spec: &SandboxSpec, id: &SandboxId) -> String {
+pub(crate) fn hostname(spec: &SandboxSpec, id: &SandboxId) -> String {
     spec.hostname
         .clone()
         .unwrap_or_else(|| id.as_str().to_owned())
 }
 
 /// What the zygote is to start.
-pub(super) fn start(
+pub(crate) fn start(
     owner: &OwnerDir,
     id: &SandboxId,
     record: &Record,
@@ -105,7 +106,7 @@ pub(super) fn start(
     let spec = &record.spec;
     let user = spec.user.unwrap_or(UserGroup { uid: 0, gid: 0 });
     let hostname = hostname(spec, id);
-    let (network, mut files) = network::plan(spec.network, user_namespace)?;
+    let (network, mut files) = network::plan(EngineKind::Native, spec.network, user_namespace)?;
     files.push(file("/etc/hostname", format!("{hostname}\n")));
     files.push(file("/etc/hosts", hosts(&hostname)));
     let group = &record.group;
@@ -163,20 +164,20 @@ pub(super) fn start(
     Ok(plan)
 }
 
-fn file(path: &str, text: String) -> FilePlan {
+pub(crate) fn file(path: &str, text: String) -> FilePlan {
     FilePlan {
         path: path.into(),
         text,
     }
 }
 
-fn hosts(hostname: &str) -> String {
+pub(crate) fn hosts(hostname: &str) -> String {
     format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
     )
 }
 
-fn root(rootfs: &Rootfs) -> RootPlan {
+pub(crate) fn root(rootfs: &Rootfs) -> RootPlan {
     match rootfs.method {
         RootMethod::Overlay | RootMethod::OverlayInUserNamespace => RootPlan::Overlay {
             lowers: rootfs.lowers.clone(),
@@ -191,7 +192,7 @@ fn root(rootfs: &Rootfs) -> RootPlan {
     }
 }
 
-fn workdir(spec: &SandboxSpec, image: &Image) -> String {
+pub(crate) fn workdir(spec: &SandboxSpec, image: &Image) -> String {
     spec.workdir
         .as_ref()
         .or(image.config.workdir.as_ref())
@@ -200,7 +201,7 @@ fn workdir(spec: &SandboxSpec, image: &Image) -> String {
         .to_owned()
 }
 
-fn binds(spec: &SandboxSpec, image: &Image) -> Vec<BindPlan> {
+pub(crate) fn binds(spec: &SandboxSpec, image: &Image) -> Vec<BindPlan> {
     let of_image = image.binds.iter().map(|bind| BindPlan {
         source: bind.source.clone(),
         target: bind.target.clone(),
@@ -214,7 +215,12 @@ fn binds(spec: &SandboxSpec, image: &Image) -> Vec<BindPlan> {
     of_image.chain(of_caller).collect()
 }
 
-fn environment(spec: &SandboxSpec, image: &Image, user: UserGroup, hostname: &str) -> Vec<String> {
+pub(crate) fn environment(
+    spec: &SandboxSpec,
+    image: &Image,
+    user: UserGroup,
+    hostname: &str,
+) -> Vec<String> {
     let home = if user.uid == 0 { "/root" } else { "/" };
     let mut all: BTreeMap<&str, &str> =
         BTreeMap::from([("PATH", PATH), ("HOME", home), ("HOSTNAME", hostname)]);
@@ -227,7 +233,7 @@ fn environment(spec: &SandboxSpec, image: &Image, user: UserGroup, hostname: &st
 }
 
 /// Resource limits, none above what this process may have itself.
-fn rlimits(held: &Enforcement) -> Vec<(u32, u64, u64)> {
+pub(crate) fn rlimits(held: &Enforcement) -> Vec<(u32, u64, u64)> {
     let mut wanted = vec![(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, OPEN_FILES)];
     wanted.extend(&held.rlimits);
     wanted

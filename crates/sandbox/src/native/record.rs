@@ -24,36 +24,36 @@ pub(super) const UNFINISHED: &str = "native.new";
 
 /// One sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Record {
-    pub(super) spec: SandboxSpec,
-    pub(super) image: Image,
-    pub(super) rootfs: Rootfs,
-    pub(super) group: Group,
+pub(crate) struct Record {
+    pub(crate) spec: SandboxSpec,
+    pub(crate) image: Image,
+    pub(crate) rootfs: Rootfs,
+    pub(crate) group: Group,
     /// Bytes that were in the written directory before the sandbox ran.
-    pub(super) disk_baseline: u64,
+    pub(crate) disk_baseline: u64,
     /// Its first process, once started.
-    pub(super) process: Option<Identity>,
+    pub(crate) process: Option<Identity>,
 }
 
 impl Record {
     /// Writes it down; complete or not at all.
-    pub(super) fn write(&self, owner: &OwnerDir, id: &SandboxId) -> Result<(), EngineError> {
+    pub(crate) fn write(&self, owner: &OwnerDir, id: &SandboxId) -> Result<(), EngineError> {
         write_json(&owner.sandbox(id).join(NAME), self)
     }
 
     /// Reads it; absent if the sandbox is not this engine's.
-    pub(super) fn read(owner: &OwnerDir, id: &SandboxId) -> Option<Self> {
+    pub(crate) fn read(owner: &OwnerDir, id: &SandboxId) -> Option<Self> {
         read_json(&owner.sandbox(id).join(NAME))
     }
 }
 
 /// Where the guest's socket is.
-pub(super) fn socket(owner: &OwnerDir, id: &SandboxId) -> PathBuf {
+pub(crate) fn socket(owner: &OwnerDir, id: &SandboxId) -> PathBuf {
     owner.sandbox(id).join("guest.sock")
 }
 
 /// Ids of the owner's directories that hold a record of this engine.
-pub(super) fn recorded(owner: &OwnerDir) -> Vec<SandboxId> {
+pub(crate) fn recorded(owner: &OwnerDir) -> Vec<SandboxId> {
     let Ok(entries) = std::fs::read_dir(owner.sandboxes()) else {
         return Vec::new();
     };
@@ -66,7 +66,7 @@ pub(super) fn recorded(owner: &OwnerDir) -> Vec<SandboxId> {
 }
 
 /// Distinguishes owners of the same name in different state directories.
-pub(super) fn cgroup_key(owner: &OwnerDir) -> String {
+pub(crate) fn cgroup_key(owner: &OwnerDir) -> String {
     let digest = Sha256::digest(owner.root().as_os_str().as_bytes());
     let short: String = digest[..4].iter().map(|b| format!("{b:02x}")).collect();
     format!("{}-{short}", owner.owner())
@@ -74,7 +74,7 @@ pub(super) fn cgroup_key(owner: &OwnerDir) -> String {
 
 /// Writes a file that is complete or absent. Without syncing: after a crash of
 /// the machine nothing is left that it could describe.
-pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), EngineError> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), EngineError> {
     let fail = |e: io::Error| EngineError::step("writing", path.display(), e);
     let text = serde_json::to_vec(value).map_err(|e| fail(e.into()))?;
     let temporary = path.with_extension("new");
@@ -84,6 +84,6 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Engi
 }
 
 /// Reads such a file; what can't be understood counts as absent.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 /// Where things go to be deleted.
 #[derive(Debug)]
-pub(super) struct Trash {
+pub(crate) struct Trash {
     dir: PathBuf,
     next: AtomicU64,
     /// Names only, one for each directory on the disk: bounded by those.
@@ -22,7 +22,7 @@ pub(super) struct Trash {
 
 impl Trash {
     /// Opens it, and deletes what an earlier process left in it.
-    pub(super) fn open(dir: PathBuf) -> Result<Self, EngineError> {
+    pub(crate) fn open(dir: PathBuf) -> Result<Self, EngineError> {
         make_dir(&dir)?;
         let (queue, work) = channel::<PathBuf>();
         let thread = std::thread::Builder::new()
@@ -48,7 +48,7 @@ impl Trash {
 
     /// Takes a directory on the same file system; what is not there is gone
     /// already.
-    pub(super) fn take(&self, path: &Path) -> Result<(), EngineError> {
+    pub(crate) fn take(&self, path: &Path) -> Result<(), EngineError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let aside = self
@@ -67,7 +67,7 @@ impl Trash {
     }
 
     /// Waits until everything is deleted.
-    pub(super) fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         self.queue.take();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -4,6 +4,7 @@ use crate::context::EngineContext;
 use crate::engine::{Engine, EngineKind};
 use crate::error::EngineError;
 use crate::native::NativeEngine;
+use crate::oci::OciEngine;
 use crate::podman::PodmanEngine;
 use crate::probe::{self, Choice};
 use crate::state::StateDir;
@@ -25,7 +26,7 @@ pub(super) async fn open_engine(
     let engine: Box<dyn Engine> = match kind {
         EngineKind::Native => Box::new(NativeEngine::open(context).await?),
         EngineKind::Podman => Box::new(PodmanEngine::open(context).await?),
-        other @ EngineKind::Oci => return Err(probe::one(other, state).await?.refusal()),
+        EngineKind::Oci => Box::new(OciEngine::open(context).await?),
     };
     Ok((engine, why))
 }

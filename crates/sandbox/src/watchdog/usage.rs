@@ -136,6 +136,53 @@ impl ProcessTree {
             }
         }
     }
+
+    /// Stops all of its processes and waits until they are: a signal takes
+    /// effect only when its receiver is scheduled. Whether that came within
+    /// the limit.
+    pub fn stop(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut pause = Duration::from_micros(200);
+        loop {
+            // The first one first, so that it starts nothing new meanwhile.
+            let going: Vec<i32> = self
+                .pids()
+                .into_iter()
+                .filter(|pid| !is_stopped(*pid))
+                .collect();
+            if going.is_empty() {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            for pid in going {
+                self.signal(pid, Signal::STOP);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+    }
+
+    /// Lets all of its processes go on.
+    pub fn go_on(&self) {
+        for pid in self.pids().into_iter().rev() {
+            self.signal(pid, Signal::CONT);
+        }
+    }
+}
+
+/// Whether every thread of a process is stopped, or gone.
+fn is_stopped(pid: i32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(')')
+            .and_then(|(_, fields)| fields.trim_start().chars().next())
+            .is_none_or(|state| matches!(state, 'T' | 't' | 'Z' | 'X'))
+    })
 }
 
 impl Process {

@@ -5,4 +5,3 @@ mod isolation;
 mod leftovers;
 mod lifecycle;
 mod limits;
-mod network;

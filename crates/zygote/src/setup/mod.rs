@@ -94,17 +94,27 @@ pub fn become_guest(
     execute(guest, &argv, &env)
 }
 
+/// What a launcher hands to its clone.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ForRuntime<'a> {
+    /// The runtime's program.
+    pub(crate) program: BorrowedFd<'a>,
+    /// The guest's listening socket.
+    pub(crate) listener: BorrowedFd<'a>,
+    /// The guest's program.
+    pub(crate) guest: BorrowedFd<'a>,
+    /// The launcher's own user and group.
+    pub(crate) ids: (u32, u32),
+}
+
 /// Becomes a container runtime in the surroundings it needs; returns only on
-/// failure. The listening socket ends up as [`LISTENER`]; standard descriptors
-/// stay as they are.
+/// failure. Standard descriptors stay as they are.
 ///
 /// # Errors
 /// The first step that failed.
 pub(crate) fn become_runtime(
     plan: &LaunchPlan,
-    program: BorrowedFd<'_>,
-    listener: BorrowedFd<'_>,
-    ids: (u32, u32),
+    inherited: &ForRuntime<'_>,
 ) -> Result<std::convert::Infallible, Failed> {
     let argv = strings(&plan.argv)?;
     let env = strings(&plan.env)?;
@@ -112,20 +122,35 @@ pub(crate) fn become_runtime(
         .step("asking to die with", "the launcher")?;
     enter_v1_groups(&plan.cgroups)?;
     if plan.user_namespace == UserNamespacePlan::OwnSingleId {
-        map_single_id((0, 0), ids)?;
+        map_single_id((0, 0), inherited.ids)?;
     }
+    let counter = plan
+        .oom_counter
+        .as_deref()
+        .map(root::open_read_only)
+        .transpose()?;
     root::build_for_runtime(plan)?;
     // SAFETY: no memory effects.
     unsafe { libc::umask(0o022) };
-    let program = rustix::io::fcntl_dupfd_cloexec(program, 64)
-        .step("duplicating", "the runtime's program")?;
-    let listener = rustix::io::fcntl_dupfd_cloexec(listener, 64)
-        .step("duplicating", "the listening socket")?;
-    // SAFETY: duplicates onto a number that nothing owned in this process
-    // uses afterwards.
-    check(unsafe { libc::dup2(listener.as_raw_fd(), LISTENER) }.into())
-        .step("placing", "the listening socket")?;
-    close_on_exec_above(LISTENER)?;
+    let high = |fd: BorrowedFd<'_>| {
+        rustix::io::fcntl_dupfd_cloexec(fd, 64).step("duplicating", "a descriptor")
+    };
+    let program = high(inherited.program)?;
+    let mut last = LISTENER;
+    let mut places = vec![(high(inherited.listener)?, LISTENER)];
+    if let Some(counter) = &counter {
+        places.push((high(counter.as_fd())?, OOM_COUNTER));
+        last = OOM_COUNTER;
+    }
+    last += 1;
+    places.push((high(inherited.guest)?, last));
+    for (from, to) in &places {
+        // SAFETY: duplicates onto numbers that nothing owned in this process
+        // uses afterwards.
+        check(unsafe { libc::dup2(from.as_raw_fd(), *to) }.into())
+            .step("placing", &format!("descriptor {to}"))?;
+    }
+    close_on_exec_above(last)?;
     reset_signals();
     execute(program.as_raw_fd(), &argv, &env)
 }
