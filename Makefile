@@ -13,7 +13,7 @@ BENCH ?=
 # Seconds per fuzz target.
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup lint test test-images bench fuzz clean teardown
+.PHONY: help setup lint test test-images bench demo fuzz clean teardown
 
 help: ## lists the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -31,6 +31,10 @@ test-images: ## builds the images that tests start sandboxes from
 
 test: test-images ## all tests, with real podman and crun
 	@cargo nextest run --workspace $(TEST)
+
+demo: ## a sandbox of this machine with each engine: start, run, fork, timings
+	@scripts/setup.sh test
+	@scripts/demo.sh
 
 bench: test-images ## our engines and their peers side by side; writes bench/RESULTS.md
 	@bench/run.sh $(BENCH)

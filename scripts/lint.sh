@@ -45,7 +45,7 @@ scripts() {
 
 check "format (cargo fmt)" cargo fmt --all --check
 check "clippy" cargo clippy -q --workspace --all-targets -- -D warnings
-check "documentation (cargo doc)" env RUSTDOCFLAGS="-D warnings" cargo doc -q --workspace --no-deps --document-private-items
+check "documentation (cargo doc)" env RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc -q --workspace --no-deps --document-private-items
 check "dependencies (cargo deny)" dependencies
 check "unused dependencies (cargo machete)" cargo machete
 check "scripts (shellcheck)" scripts

@@ -42,7 +42,7 @@ need() { # PACKAGE WHY TEST..
 }
 has() { command -v "$1"; }
 static_busybox() { local path; path=$(command -v busybox) && ! ldd "$path"; }
-libc_archive() { compgen -G '/usr/lib/*/libc.a'; }
+libc_archive() { compgen -G '/usr/lib/*/libc.a' || compgen -G '/usr/lib*/libc.a'; }
 
 need gcc "links Rust programs" has gcc
 need libc6-dev "libc.a, for the static guest" libc_archive

@@ -8,6 +8,7 @@ import tempfile
 
 from . import process, report
 from .containers import Crun, Libpod, Podman
+from .ours import Engine, Guest
 from .samples import Table
 from .servers import AgentServer, SweRex
 
@@ -33,8 +34,10 @@ def arguments():
 
 
 def subjects(images, work):
-    podman = Podman(images, work)
-    return [Crun(images, work), podman, Libpod(podman), AgentServer(BENCH, work), SweRex(BENCH, work)]
+    podman, driver = Podman(images, work), os.environ["SKYRL_BENCH_DRIVER"]
+    engines = [Engine(name, images, work, driver) for name in ("native", "oci", "podman-engine")]
+    return [*engines, Guest(engines[0], work), Crun(images, work), podman, Libpod(podman),
+            AgentServer(BENCH, work), SweRex(BENCH, work)]
 
 
 class Noise:

@@ -45,8 +45,9 @@ def stop(process):
     process.wait()
 
 
-def stop_users_of(directory):
-    """Ends every process whose command line names `directory`, which is ours."""
+def users_of(directory):
+    """Every process whose command line names `directory`, which is ours."""
+    found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -54,10 +55,16 @@ def stop_users_of(directory):
         except OSError:
             continue
         if int(pid) != os.getpid() and any(os.fsencode(directory) in word for word in words):
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            found.append(int(pid))
+    return found
+
+
+def stop_users_of(directory):
+    for pid in users_of(directory):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _children(pid):
@@ -105,6 +112,20 @@ def cpu_seconds(pids):
         except OSError:
             continue
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def running(program):
+    """Every process of this very program: mounted elsewhere, or run from a
+    copy in memory that keeps its name."""
+    wanted, found = os.stat(program), []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            at, name = os.stat(f"/proc/{pid}/exe"), os.readlink(f"/proc/{pid}/exe")
+        except OSError:
+            continue
+        if (at.st_dev, at.st_ino) == (wanted.st_dev, wanted.st_ino) or os.path.basename(program) in name:
+            found.append(int(pid))
+    return found
 
 
 def free_memory_mib():

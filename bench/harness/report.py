@@ -31,8 +31,9 @@ SECTIONS = [
     ("rss", "The server inside: resident memory, idle", "MiB", "Ours: of a guest in a sandbox that ran commands."),
     ("program", "The server inside: size of its program", "MiB", ""),
     ("crowd_start", "Idle sandboxes: time to start all", "s", "The number in a name is how many."),
-    ("crowd_memory", "Idle sandboxes: memory gone from the machine", "MiB",
-     "Fall of MemAvailable: guests, their kernel memory, cgroups, mounts and helpers."),
+    ("crowd_memory", "Idle sandboxes: memory of all", "MiB",
+     "What MemAvailable lost counts the kernel's share too (cgroups, mounts, sockets), and whatever else the "
+     "machine did meanwhile. PSS is of the guests, the engine's helpers and the driver."),
     ("crowd_exec", "Idle sandboxes: `true` in one picked at random", "ms", ""),
     ("crowd_destroy", "Idle sandboxes: time to destroy all", "s", ""),
     ("noise", "The machine itself", "ms",
@@ -121,7 +122,8 @@ def forked(engine):
 
 def crowded(table):
     name = "native, 500"
-    seconds, mib = p50(table, "crowd_start", name), p50(table, "crowd_memory", name)
+    seconds = p50(table, "crowd_start", name)
+    mib = max(p50(table, "crowd_memory", f"{name}, {how}") for how in ("off MemAvailable", "PSS of all processes"))
     tail = p99(table, "crowd_exec", name)
     return (f"{figure(seconds)} s; {mib / 1024:.2f} GiB; {figure(tail)} ms",
             seconds <= 15 and mib <= 2.5 * 1024 and tail <= 50)

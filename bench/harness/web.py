@@ -49,7 +49,7 @@ class Client:
         self.connection.close()
 
 
-def wait_healthy(address, path, headers=None, deadline=120):
+def wait_healthy(address, path, headers=None, deadline=120, pause=0.005):
     """Milliseconds until `path` answers 2xx."""
     watch = Stopwatch()
     while True:
@@ -60,7 +60,7 @@ def wait_healthy(address, path, headers=None, deadline=120):
         except (OSError, RuntimeError, http.client.HTTPException):
             if watch.ms() > deadline * 1000:
                 raise TimeoutError(f"{address}{path} was not healthy after {deadline} s") from None
-            time.sleep(0.005)
+            time.sleep(pause)
         finally:
             client.close()
 

@@ -236,6 +236,8 @@ pub fn react(
     let at_end = Arc::new(at_end);
     Box::new(move |event| {
         let Some(processes) = processes.get() else {
+            // Nothing was started yet.
+            at_end();
             std::process::exit(0);
         };
         match reaction(event) {

@@ -242,6 +242,9 @@ fn prompts_and_prompt_commands_never_show() {
             assert_eq!(shell.run("echo c").0, "c\n");
             pause(50);
             assert_eq!(shell.run("echo d").0, "d\n");
+            shell.run("runs=; PROMPT_COMMAND='runs=x$runs'");
+            assert_eq!(shell.run("echo $runs $PROMPT_COMMAND").0, "x runs=x$runs\n");
+            assert_eq!(shell.run("echo $runs").0, "xx\n");
             shell.run("unset PROMPT_COMMAND; readonly PS1");
             shell.run("echo settles");
             assert!(shell.run("echo e").0.ends_with("e\n"));

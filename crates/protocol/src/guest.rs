@@ -40,6 +40,12 @@
 //! dropped), `skyrl-total` what was written so far, `skyrl-ended` whether that
 //! is all.
 //!
+//! Paths of files are absolute, or relative to the guest's default directory.
+//! `mode` is octal. Reading a file gives its whole size as `skyrl-size`. A tar
+//! stream of a directory names its entries relative to it, one of a file has
+//! that file's own name; unpacked files belong to the guest's user, and devices,
+//! FIFOs, sparse files and names or links that leave the target are refused.
+//!
 //! Errors are [`ErrorBody`] with a 4xx or 5xx status.
 
 use serde::{Deserialize, Serialize};

@@ -5,6 +5,9 @@
 mod error;
 mod native;
 pub mod openhands;
+mod python;
+mod spool;
+pub mod swerex;
 
 pub use error::{ApiError, ApiResult, code_of};
 
@@ -21,6 +24,19 @@ pub fn route(guest: &Arc<Guest>, request: &mut Request<'_>) -> Response {
     if let Some(answer) = openhands::route(guest, request) {
         return answer;
     }
+    if let Some(answer) = swerex::route(guest, request) {
+        return answer;
+    }
     let error = ApiError::not_found(format!("no route {} {path}", request.method));
     error.response()
+}
+
+/// Whether a secret was given; takes the same time wherever it differs.
+fn same_secret(given: &str, secret: &str) -> bool {
+    given.len() == secret.len()
+        && given
+            .bytes()
+            .zip(secret.bytes())
+            .fold(0, |differences, (a, b)| differences | (a ^ b))
+            == 0
 }

@@ -142,7 +142,7 @@ fn unpack(
             }
             Ok(Some(0))
         }
-        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+        EntryType::Regular | EntryType::Continuous => {
             clear(&place)?;
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             let private = Mode::from_raw_mode(0o600);
@@ -179,6 +179,8 @@ fn unpack(
         }
         EntryType::Char | EntryType::Block => Err(refused("it is a device")),
         EntryType::Fifo => Err(refused("it is a FIFO")),
+        // Its holes may be of any size; writing them would never end.
+        EntryType::GNUSparse => Err(refused("it is a sparse file")),
         other => Err(refused(&format!(
             "its type {:?} is not supported",
             char::from(other.as_byte())

@@ -209,3 +209,35 @@ fn error_response(status: u16, why: &str) -> Response {
         &serde_json::json!({ "code": code, "message": why, "detail": why }),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Panics where asked to.
+    struct Fragile;
+
+    impl Service for Fragile {
+        fn call(&self, request: &mut Request<'_>) -> Response {
+            assert!(request.path != "/panic", "as asked");
+            Response::bytes(200, "text/plain", b"fine".to_vec())
+        }
+    }
+
+    #[test]
+    fn a_panic_is_answered_and_ends_only_its_connection() {
+        let talk = |text: &[u8]| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(text).unwrap();
+            theirs.shutdown(Shutdown::Write).unwrap();
+            serve(ours, &Fragile).unwrap();
+            let mut answer = String::new();
+            theirs.read_to_string(&mut answer).unwrap();
+            answer
+        };
+        let answer = talk(b"GET /panic HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n");
+        assert!(answer.starts_with("HTTP/1.1 500 "), "{answer}");
+        assert!(!answer.contains("fine"), "{answer}");
+        assert!(talk(b"GET / HTTP/1.1\r\n\r\n").ends_with("fine"));
+    }
+}

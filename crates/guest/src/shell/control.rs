@@ -149,6 +149,17 @@ impl Control {
         }
         report.push_str(&self.print_mark(&format!("R;{seq}"), ""));
         let _ = write!(report, "; {}; ", self.prompts(seq, phase));
+        if self.flavor == Flavor::Bash {
+            // A prompt command runs once for each command, as it would at a
+            // terminal, though the shell reads several lines.
+            report.push_str(match phase {
+                1 => "__skyrl_hook=(\"${PROMPT_COMMAND[@]-}\") PROMPT_COMMAND=(); ",
+                _ => {
+                    "if [[ -v __skyrl_hook ]]; then PROMPT_COMMAND=(\"${__skyrl_hook[@]}\"); \
+                     \\command unset __skyrl_hook; fi; "
+                }
+            });
+        }
         report.push_str("} >/dev/null 2>&1 </dev/null");
         report
     }

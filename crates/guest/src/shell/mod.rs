@@ -28,7 +28,8 @@ mod text;
 
 pub use error::ShellError;
 pub(crate) use keys::key_bytes;
-pub(crate) use session::{Answer, Until, Wait};
+pub(crate) use session::{Answer, Find, Until, Wait, find_texts};
+pub(crate) use text::Invalid;
 
 use crate::process::Processes;
 use crate::sync::lock;
@@ -40,6 +41,7 @@ use skyrl_protocol::guest::{ShellInfo, ShellSpec, ShellState};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use text::Renderer;
 
 /// Most shells alive at a time.
 const MOST_SHELLS: usize = 256;
@@ -64,6 +66,8 @@ pub(crate) struct Extras {
     pub(crate) probe_python: bool,
     /// How long start files may take.
     pub(crate) patience: Duration,
+    /// What becomes of bytes that are no UTF-8.
+    pub(crate) invalid: Invalid,
 }
 
 impl Default for Extras {
@@ -71,6 +75,7 @@ impl Default for Extras {
         Self {
             probe_python: false,
             patience: START_PATIENCE,
+            invalid: Invalid::default(),
         }
     }
 }
@@ -234,8 +239,9 @@ impl Shell {
             size: (spec.columns.unwrap_or(200), spec.rows.unwrap_or(50)),
             echo: spec.echo,
         };
+        let renderer = Renderer::new(spec.text, extras.invalid);
         let nonce = Nonce::new(&crate::random_id());
-        let session = Session::start(processes, &launch, spec.text, nonce, extras.probe_python)?;
+        let session = Session::start(processes, &launch, renderer, nonce, extras.probe_python)?;
         let shell = Self {
             id,
             program: found.program,

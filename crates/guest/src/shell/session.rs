@@ -8,10 +8,12 @@ use super::mark::{Nonce, Scanner};
 use super::pty::{self, Launch, Started};
 use super::pump::{Pump, Rewrite, Shared};
 use super::state::{Activity, Facts, Search, State};
+use super::text::Renderer;
 use crate::process::{Processes, SpawnError};
 use crate::sync::wait_until;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use skyrl_protocol::guest::{ShellState, ShellText};
+use skyrl_protocol::guest::ShellState;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -23,8 +25,9 @@ pub(crate) const MOST_OUTPUT: usize = 16 << 20;
 /// How long a shell may take to settle after an interrupt, before it is given
 /// a command.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
-/// How long an interrupt may take to end a command before it is repeated.
-const INTERRUPT_AGAIN: Duration = Duration::from_millis(500);
+/// How long an interrupt may take to end a command before it is repeated; a
+/// slow prompt command of the user's is part of that.
+const INTERRUPT_AGAIN: Duration = Duration::from_secs(1);
 /// How often a waiting client is looked after.
 const CLIENT_LOOK: Duration = Duration::from_secs(1);
 /// How long closing waits for killed processes to be gone.
@@ -46,7 +49,7 @@ pub(crate) enum SessionError {
 }
 
 /// What a wait is for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Wait<'w> {
     /// When to give up.
     pub(crate) timeout: Duration,
@@ -54,6 +57,8 @@ pub(crate) struct Wait<'w> {
     pub(crate) quiet: Option<Duration>,
     /// What beside the command's end ends the wait.
     pub(crate) until: Until<'w>,
+    /// Leave the output of a command that goes on for the next answer.
+    pub(crate) keep_partial: bool,
     /// On whose behalf: when that connection is gone, the wait ends and the
     /// output stays for the next to ask.
     pub(crate) client: Option<BorrowedFd<'w>>,
@@ -66,20 +71,40 @@ impl<'w> Wait<'w> {
             timeout,
             quiet: None,
             until: Until::End,
+            keep_partial: false,
             client,
         }
     }
 }
 
 /// What ends a wait beside the command's end.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) enum Until<'w> {
     /// Nothing.
     End,
     /// Any output.
     Output,
-    /// One of these texts in the output.
-    Text(&'w [String]),
+    /// Something in the output. It is looked for in what is new and in
+    /// [`REACH`] bytes before that.
+    Found(&'w Find<'w>),
+}
+
+/// Looks for the first of several things in a text: which, and where.
+pub(crate) type Find<'f> = dyn Fn(&str) -> Option<(usize, Range<usize>)> + 'f;
+
+/// Longest text in bytes that [`Until::Found`] is certain to find.
+pub(crate) const REACH: usize = 8192;
+
+/// Looks for texts as they are.
+pub(crate) fn find_texts(texts: &[String]) -> impl Fn(&str) -> Option<(usize, Range<usize>)> {
+    move |output| {
+        texts
+            .iter()
+            .enumerate()
+            .filter_map(|(index, text)| Some((output.find(text.as_str())?, index)))
+            .min()
+            .map(|(at, index)| (index, at..at + texts[index].len()))
+    }
 }
 
 /// What a shell has to say.
@@ -94,6 +119,22 @@ pub(crate) struct Answer {
     /// Which of the texts waited for was found; the output ends before it,
     /// and what follows it is kept for the next answer.
     pub(crate) found: Option<usize>,
+}
+
+impl Answer {
+    /// Nothing was printed.
+    fn empty(state: ShellState) -> Self {
+        Self {
+            output: String::new(),
+            dropped: 0,
+            state,
+            found: None,
+        }
+    }
+}
+
+fn is_going_on(state: ShellState) -> bool {
+    matches!(state, ShellState::Running | ShellState::Quiet)
 }
 
 /// Whether the other side of a connection has left it altogether.
@@ -113,7 +154,7 @@ impl Session {
     pub(crate) fn start(
         processes: &Processes,
         launch: &Launch,
-        text: ShellText,
+        renderer: Renderer,
         nonce: Nonce,
         probe_python: bool,
     ) -> Result<Self, SpawnError> {
@@ -129,7 +170,7 @@ impl Session {
             control,
         } = pty::launch(processes, launch)?;
         let shared = Arc::new(Shared {
-            state: Mutex::new(State::new(text, launch.cwd.clone())),
+            state: Mutex::new(State::new(renderer, launch.cwd.clone())),
             changed: Condvar::new(),
             wake,
             terminal,
@@ -286,12 +327,15 @@ impl Session {
                 }
             };
             if let Some(answer) = given_up {
+                if wait.keep_partial && found.is_none() && is_going_on(answer) {
+                    return Answer::empty(answer);
+                }
                 let (mut output, dropped) = state.take_unread();
-                if let (Until::Text(texts), Some(index)) = (wait.until, found)
-                    && let Some((before, after)) = output.split_once(&texts[index])
+                if let (Until::Found(find), true) = (wait.until, found.is_some())
+                    && let Some((_, range)) = find(&output)
                 {
-                    state.unread.push(after.as_bytes());
-                    output.truncate(before.len());
+                    state.unread.push(&output.as_bytes()[range.end..]);
+                    output.truncate(range.start);
                 }
                 return Answer {
                     output,
@@ -302,12 +346,7 @@ impl Session {
             }
             if let Some(client) = wait.client {
                 if is_gone(client) {
-                    return Answer {
-                        output: String::new(),
-                        dropped: 0,
-                        state: ShellState::Running,
-                        found: None,
-                    };
+                    return Answer::empty(ShellState::Running);
                 }
                 deadline = deadline.min(now + CLIENT_LOOK);
             }

@@ -5,9 +5,8 @@
 
 use super::control::{Carried, carried_flags};
 use super::mark::{Mark, Piece};
-use super::session::Until;
+use super::session::{REACH, Until};
 use super::text::{HeadTail, Renderer};
-use skyrl_protocol::guest::ShellText;
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -75,11 +74,11 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(text: ShellText, cwd: String) -> Self {
+    pub(super) fn new(renderer: Renderer, cwd: String) -> Self {
         Self {
             activity: Activity::Idle,
             seq: 0,
-            renderer: Renderer::new(text),
+            renderer,
             unread: HeadTail::new(IDLE_OUTPUT),
             finished: None,
             ending: None,
@@ -133,22 +132,13 @@ impl State {
         match until {
             Until::End => None,
             Until::Output => (!self.unread.is_empty()).then_some(0),
-            Until::Text(texts) => {
-                // Only what is new, and so much before it as the longest text
-                // may have begun there.
-                let longest = texts.iter().map(String::len).max().unwrap_or(0) as u64;
-                let new = self.unread.total() - search.seen + longest;
+            Until::Found(find) => {
+                let new = self.unread.total() - search.seen + REACH as u64;
                 search.seen = self.unread.total();
                 let recent = self
                     .unread
                     .recent(usize::try_from(new).unwrap_or(usize::MAX));
-                let recent = String::from_utf8_lossy(&recent);
-                texts
-                    .iter()
-                    .enumerate()
-                    .filter_map(|(index, text)| Some((recent.find(text.as_str())?, index)))
-                    .min()
-                    .map(|(_, index)| index)
+                find(&String::from_utf8_lossy(&recent)).map(|(index, _)| index)
             }
         }
     }

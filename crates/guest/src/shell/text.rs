@@ -128,6 +128,16 @@ fn cut_character(bytes: &[u8]) -> usize {
     0
 }
 
+/// What becomes of bytes that are no UTF-8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Invalid {
+    /// U+FFFD.
+    #[default]
+    Replace,
+    /// `\xff`, as Python's `backslashreplace` writes it.
+    Backslash,
+}
+
 /// Where the renderer stands in an escape sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Escape {
@@ -151,6 +161,7 @@ enum Escape {
 #[derive(Debug)]
 pub(crate) struct Renderer {
     mode: ShellText,
+    invalid: Invalid,
     escape: Escape,
     /// The beginning of a character whose rest has not come.
     partial: Vec<u8>,
@@ -162,9 +173,10 @@ pub(crate) struct Renderer {
 
 impl Renderer {
     /// Renders in a mode.
-    pub(crate) fn new(mode: ShellText) -> Self {
+    pub(crate) fn new(mode: ShellText, invalid: Invalid) -> Self {
         Self {
             mode,
+            invalid,
             escape: Escape::None,
             partial: Vec::new(),
             carriage_return: false,
@@ -324,7 +336,7 @@ impl Renderer {
                         self.partial.extend_from_slice(rest);
                         return;
                     };
-                    self.text("\u{fffd}", store);
+                    self.invalid(&rest[..invalid], store);
                     bytes = &rest[invalid..];
                 }
             }
@@ -350,10 +362,21 @@ impl Renderer {
         }
     }
 
+    fn invalid(&mut self, bytes: &[u8], store: &mut HeadTail) {
+        match self.invalid {
+            Invalid::Replace => self.text("\u{fffd}", store),
+            Invalid::Backslash => {
+                for byte in bytes {
+                    self.text(&format!("\\x{byte:02x}"), store);
+                }
+            }
+        }
+    }
+
     fn flush_partial(&mut self, store: &mut HeadTail) {
         if !self.partial.is_empty() {
-            self.partial.clear();
-            self.text("\u{fffd}", store);
+            let partial = std::mem::take(&mut self.partial);
+            self.invalid(&partial, store);
         }
     }
 
@@ -380,13 +403,13 @@ mod tests {
     fn render(mode: ShellText, bytes: &[u8]) -> String {
         let whole = {
             let mut store = HeadTail::new(1 << 20);
-            let mut renderer = Renderer::new(mode);
+            let mut renderer = Renderer::new(mode, Invalid::Replace);
             renderer.feed(bytes, &mut store);
             renderer.flush(&mut store);
             store.take().0
         };
         let mut store = HeadTail::new(1 << 20);
-        let mut renderer = Renderer::new(mode);
+        let mut renderer = Renderer::new(mode, Invalid::Replace);
         for byte in bytes {
             renderer.feed(&[*byte], &mut store);
         }
@@ -430,6 +453,15 @@ mod tests {
             render(ShellText::Raw, b"\x1b[1ma\r\n\xff"),
             "\u{1b}[1ma\r\n\u{fffd}"
         );
+    }
+
+    #[test]
+    fn invalid_bytes_can_be_spelled_out() {
+        let mut store = HeadTail::new(100);
+        let mut renderer = Renderer::new(ShellText::Plain, Invalid::Backslash);
+        renderer.feed(b"a\xff\xc3(\xe2\x82", &mut store);
+        renderer.flush(&mut store);
+        assert_eq!(store.take().0, "a\\xff\\xc3(\\xe2\\x82");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use skyrl_protocol::SandboxId;
 use skyrl_protocol::guest::{ExecRequest, ExecResult};
+use skyrl_sandbox::cgroup::Cgroups;
 use skyrl_sandbox::image::Quiet;
 use skyrl_sandbox::native::{NativeEngine, NativeOptions};
 use skyrl_sandbox::programs::Programs;
@@ -91,11 +92,6 @@ pub(crate) fn busybox() -> SandboxSpec {
         path: image_path("busybox.oci.tar"),
         tag: Some("v1".into()),
     })
-}
-
-/// A spec on the busybox root as it lies there, in one layer.
-pub(crate) fn busybox_directory() -> SandboxSpec {
-    SandboxSpec::new(ImageRef::Directory(image_path("busybox")))
 }
 
 /// A spec on the Debian image.
@@ -205,11 +201,7 @@ pub(crate) fn processes_of(owner: &std::path::Path) -> Vec<i32> {
 
 /// cgroups whose name belongs to the owner.
 fn groups_of(owner: &std::path::Path) -> Vec<PathBuf> {
-    let record = owner.join("engine/native/cgroups.json");
-    let parents: Vec<PathBuf> = std::fs::read(record)
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok())
-        .unwrap_or_default();
+    let parents = Cgroups::probe().parents();
     parents
         .iter()
         .flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten().flatten())

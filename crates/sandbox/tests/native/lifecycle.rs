@@ -1,8 +1,6 @@
 //! From create to destroy, on every kind of image and root.
 
-use crate::bed::{
-    Bed, busybox, busybox_directory, debian, image_path, is_root, ok, run, run_as_plain_user, sh,
-};
+use crate::bed::{Bed, busybox, debian, image_path, is_root, ok, run, run_as_plain_user, sh};
 use skyrl_protocol::SandboxId;
 use skyrl_protocol::guest::{ExecRequest, UserGroup};
 use skyrl_sandbox::native::NativeOptions;
@@ -304,8 +302,15 @@ async fn other_roots(method: RootMethod) {
         ..NativeOptions::default()
     })
     .await;
-    let guest = bed.start("box", &busybox_directory()).await.unwrap();
-    ok(&sh(&guest, "rm /usr/bin/wc && echo x > /new && mkdir /opt").await);
+    let guest = bed.start("box", &busybox()).await.unwrap();
+    // What a layer deleted or replaced stays so.
+    let seen = sh(
+        &guest,
+        "find / -xdev -type c; test ! -e /opt/gone && cat /opt/kept",
+    )
+    .await;
+    assert_eq!(ok(&seen), "from layer 1");
+    ok(&sh(&guest, "rm /usr/bin/wc && echo x > /new && mkdir /opt/new").await);
     let snapshot = "s".parse().unwrap();
     bed.engine
         .snapshot(&id("box"), &snapshot, SnapshotMode::Consume)

@@ -5,3 +5,4 @@ mod isolation;
 mod leftovers;
 mod lifecycle;
 mod limits;
+mod network;

@@ -4,7 +4,7 @@ use super::{done, unknown};
 use crate::Guest;
 use crate::api::{ApiError, ApiResult};
 use crate::http::{Request, Response};
-use crate::shell::{Answer, Extras, Shell, ShellError, Until, Wait, key_bytes};
+use crate::shell::{Answer, Extras, Shell, ShellError, Until, Wait, find_texts, key_bytes};
 use skyrl_protocol::guest::{
     Keys, ShellInput, ShellOutput, ShellRead, ShellRun, ShellSpec, ShellState,
 };
@@ -90,9 +90,11 @@ fn act(shell: &Shell, action: &str, request: &mut Request<'_>) -> Result<Answer,
         }
         "read" => {
             let read = request.json::<Option<ShellRead>>()?.unwrap_or_default();
-            let until = match read.expect.as_slice() {
-                [] => Until::Output,
-                texts => Until::Text(texts),
+            let find = find_texts(&read.expect);
+            let until = if read.expect.is_empty() {
+                Until::Output
+            } else {
+                Until::Found(&find)
             };
             Ok(session.wait(Wait {
                 until,
