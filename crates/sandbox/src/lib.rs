@@ -19,6 +19,7 @@ pub mod programs;
 pub mod prune;
 pub mod rootfs;
 pub mod sandboxes;
+mod seccomp;
 pub mod snapshot;
 pub mod spec;
 pub mod state;

@@ -54,15 +54,9 @@ fn list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
 }
 
 /// `containers.conf`.
-pub(super) fn containers_conf(
-    layout: &Layout,
-    runtime: &Runtime,
-    seccomp: Option<&Path>,
-) -> String {
+pub(super) fn containers_conf(layout: &Layout, runtime: &Runtime) -> String {
     let capabilities = list(CAPABILITIES);
-    let seccomp = seccomp
-        .map(|path| format!("seccomp_profile = {}\n", quoted(path)))
-        .unwrap_or_default();
+    let seccomp = quoted(layout.conf().join("seccomp.json"));
     let wrapper = quoted(layout.conf().join("conmon"));
     let networks = quoted(layout.engine().join("networks"));
     let Runtime { name, path } = runtime;
@@ -82,7 +76,8 @@ log_driver = "k8s-file"
 log_size_max = {LOG_BYTES}
 netns = "none"
 pids_limit = 0
-{seccomp}
+seccomp_profile = {seccomp}
+
 [engine]
 cgroup_manager = "cgroupfs"
 conmon_path = [{wrapper}]

@@ -42,6 +42,7 @@ use crate::context::EngineContext;
 use crate::engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 use crate::error::EngineError;
 use crate::rootfs::RootWays;
+use crate::seccomp;
 use crate::snapshot::Snapshots;
 use crate::spec::SandboxSpec;
 use crate::state::network_file_system;
@@ -171,8 +172,9 @@ fn write_configuration(layout: &Layout, install: &Installation) -> Result<(), En
     };
     let wrapper = conf::monitor_wrapper(&install.monitor, layout.sandboxes());
     write("conmon", wrapper, 0o700)?;
+    write("seccomp.json", seccomp::profile().to_string(), 0o600)?;
     write("storage.conf", conf::storage_conf(layout), 0o600)?;
-    let containers = conf::containers_conf(layout, &install.runtime, None);
+    let containers = conf::containers_conf(layout, &install.runtime);
     write("containers.conf", containers, 0o600)
 }
 

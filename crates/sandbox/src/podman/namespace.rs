@@ -282,7 +282,16 @@ fn ids(map: &str) -> Ids {
 /// Why Podman could not make its user namespace.
 fn refused(said: &str) -> EngineError {
     let last = said.lines().last().unwrap_or("it said nothing");
-    let hint = if said.contains("newuidmap") || said.contains("newgidmap") {
+    // The last line only says that a helper failed.
+    let words = said
+        .lines()
+        .rev()
+        .find_map(|line| Some(&line[line.find("newuidmap: ").or(line.find("newgidmap: "))?..]))
+        .unwrap_or(last)
+        .trim_end_matches(['"', '\\', 'n']);
+    let hint = if said.contains("owned by a different user") {
+        "run with the account's own primary group, not one chosen by newgrp or sg"
+    } else if said.contains("newuidmap") || said.contains("newgidmap") {
         "install newuidmap and newgidmap (package uidmap or shadow-utils) with their set-uid bit or file capabilities"
     } else if said.contains("user namespace") || said.contains("clone") {
         "ask for user namespaces: sysctl user.max_user_namespaces and, on Ubuntu, kernel.apparmor_restrict_unprivileged_userns=0"
@@ -291,7 +300,7 @@ fn refused(said: &str) -> EngineError {
     };
     EngineError::Unusable {
         engine: EngineKind::Podman,
-        reason: format!("it can't make its user namespace: {last}"),
+        reason: format!("it can't make its user namespace: {words}"),
         hint: hint.into(),
     }
 }
@@ -311,5 +320,17 @@ mod tests {
         let error = refused("x\nError: exec: \"newuidmap\": executable file not found in $PATH");
         assert!(error.to_string().contains("newuidmap"), "{error}");
         assert!(error.hint().unwrap().contains("uidmap"));
+    }
+
+    #[test]
+    fn a_foreign_primary_group_is_told_from_a_missing_helper() {
+        let error = refused(
+            "time=\"x\" level=error msg=\"running `/usr/bin/newuidmap 1 0 7 1`: newuidmap: Target process 1 is owned by a different user: uid:7\\n\"\nError: cannot set up namespace using \"/usr/bin/newuidmap\": exit status 1",
+        );
+        assert_eq!(
+            error.to_string(),
+            "engine podman can't be used here: it can't make its user namespace: newuidmap: Target process 1 is owned by a different user: uid:7"
+        );
+        assert!(error.hint().unwrap().contains("primary group"));
     }
 }

@@ -168,27 +168,30 @@ fn lives_in(process: Process, control_directories: &BTreeSet<(u64, u64)>) -> boo
 }
 
 fn remove_files(layout: &Layout, leftovers: &[Leftover]) -> Result<(), EngineError> {
-    if privilege() == Privilege::Rootless
-        && let Ok(install) = super::probe::installation()
-    {
-        // Files of subordinate ids can only be removed in a user namespace
-        // that has them. Podman makes one, with a pause process of its own.
-        let mut doomed: Vec<&Path> = leftovers
-            .iter()
-            .map(|one| one.directory.as_path())
-            .collect();
-        doomed.push(layout.snapshots());
-        layout.make()?;
-        let mut command = podman_command(&install, layout, &environment(layout));
-        command
-            .args(["unshare", "rm", "-rf", "--one-file-system", "--"])
-            .args(doomed);
-        let removed = run(&mut command, REMOVE_LIMIT);
-        kill_processes(layout, &[])?;
-        removed?;
+    let mut written: Vec<&Path> = leftovers
+        .iter()
+        .map(|one| one.directory.as_path())
+        .collect();
+    written.push(layout.snapshots());
+    if written.iter().any(|path| remove_tree(path).is_err()) && privilege() == Privilege::Rootless {
+        remove_in_user_namespace(layout, &written)?;
     }
-    for Leftover { directory, .. } in leftovers {
-        remove_tree(directory)?;
+    for path in written {
+        remove_tree(path)?;
     }
     Ok(remove_tree(layout.engine())?)
+}
+
+/// Files of subordinate ids can only be removed in a user namespace that has
+/// them. Podman makes one, with a pause process of its own.
+fn remove_in_user_namespace(layout: &Layout, paths: &[&Path]) -> Result<(), EngineError> {
+    let install = super::probe::installation()?;
+    layout.make()?;
+    let mut command = podman_command(&install, layout, &environment(layout));
+    command
+        .args(["unshare", "rm", "-rf", "--one-file-system", "--"])
+        .args(paths);
+    let removed = run(&mut command, REMOVE_LIMIT);
+    kill_processes(layout, &[])?;
+    removed.map(drop)
 }

@@ -96,7 +96,8 @@ impl Podman {
         let live = self.get(id)?;
         // How a start went has been told to who started it.
         let _ = live.settled().await;
-        if live.record().first.is_some_and(Process::lives) {
+        // Who is condemned may take a moment to die.
+        if live.sentence().is_none() && live.record().first.is_some_and(Process::lives) {
             return Ok(if self.is_paused(&live) {
                 Liveness::Paused
             } else {

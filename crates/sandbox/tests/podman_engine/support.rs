@@ -1,8 +1,6 @@
 //! What the podman engine's tests share: an owner in a directory of its own,
 //! an image, and looking at what is left on the machine.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
-
 use skyrl_protocol::guest::{ExecRequest, ExecResult};
 use skyrl_protocol::{OwnerId, SandboxId};
 use skyrl_sandbox::image::Quiet;
@@ -14,6 +12,7 @@ use skyrl_sandbox::{
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A state directory with one owner.
 pub(crate) struct Place {
@@ -26,7 +25,7 @@ impl Place {
     pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("skyrl-podman-")
-            .tempdir_in("/tmp")
+            .tempdir()
             .unwrap();
         Self::at(dir, "test")
     }
@@ -166,7 +165,29 @@ pub(crate) fn traces(of: &Path) -> Vec<String> {
     found
 }
 
-/// Control groups of sandboxes whose name ends so.
+/// Waits until nothing on the machine mentions a directory any more.
+#[track_caller]
+pub(crate) fn assert_no_traces(of: &Path) {
+    eventually("nothing is left", || {
+        let left = traces(of);
+        if !left.is_empty() {
+            eprintln!("still there: {left:?}");
+        }
+        left.is_empty()
+    });
+}
+
+/// Waits for something that must happen.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !check() {
+        assert!(Instant::now() < until, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Control groups with this name.
 pub(crate) fn groups(name: &str) -> Vec<PathBuf> {
     fn walk(dir: &Path, name: &str, found: &mut Vec<PathBuf>, depth: usize) {
         let Ok(entries) = std::fs::read_dir(dir) else {
