@@ -9,7 +9,7 @@ use crate::command::{find_program, run};
 use crate::error::EngineError;
 use crate::snapshot::Source;
 use crate::state::make_dir;
-use crate::tree::{CopyOptions, copy_tree, merge_layers, remove_tree, tree_size};
+use crate::tree::{CopyOptions, copy_layers, tree_size};
 use serde::{Deserialize, Serialize};
 use skyrl_protocol::zygote::{Finding, Findings};
 use skyrl_zygote::overlay::Overlay;
@@ -212,6 +212,7 @@ impl Rootfs {
     pub fn source<'a>(&self, written: &'a Path) -> Source<'a> {
         match self.method {
             RootMethod::Copy => Source::Root(written),
+            RootMethod::FuseOverlay => Source::FuseUpper(written),
             _ => Source::Upper(written),
         }
     }
@@ -223,7 +224,11 @@ impl Rootfs {
     /// The step that failed.
     pub fn create(&self) -> Result<(), EngineError> {
         if self.method == RootMethod::Copy {
-            return self.copy_layers();
+            return Ok(copy_layers(
+                &self.lowers,
+                &self.root(),
+                CopyOptions::default(),
+            )?);
         }
         for dir in [self.upper(), self.work(), self.root()] {
             make_dir(&dir)?;
@@ -232,24 +237,6 @@ impl Rootfs {
         let upper = self.upper();
         std::fs::set_permissions(&upper, std::fs::Permissions::from_mode(0o755))
             .map_err(|e| EngineError::step("opening to everybody", upper.display(), e))
-    }
-
-    fn copy_layers(&self) -> Result<(), EngineError> {
-        if let [only] = &self.lowers[..] {
-            return Ok(copy_tree(only, &self.root(), CopyOptions::default())?);
-        }
-        // Merged by hard links first: only what is seen in the end is copied.
-        let merged = self.dir.join("merged");
-        let mark = if rustix::process::geteuid().is_root() {
-            c"trusted.overlay.opaque"
-        } else {
-            c"user.overlay.opaque"
-        };
-        let made = merge_layers(&self.lowers, &merged, mark, CopyOptions::default())
-            .and_then(|()| copy_tree(&merged, &self.root(), CopyOptions::default()));
-        remove_tree(&merged)?;
-        made?;
-        remove_whiteouts(self.root())
     }
 
     /// Bytes the sandbox wrote; the image's too where it was copied.
@@ -349,25 +336,6 @@ impl Rootfs {
             RootMethod::OverlayInUserNamespace | RootMethod::Copy => Ok(()),
         }
     }
-}
-
-/// Removes overlay's marks of what is deleted from a tree that is no layer any
-/// more.
-fn remove_whiteouts(root: PathBuf) -> Result<(), EngineError> {
-    let mut pending = vec![root];
-    while let Some(dir) = pending.pop() {
-        let fail = |e: io::Error| EngineError::step("clearing", dir.display(), e);
-        for entry in std::fs::read_dir(&dir).map_err(fail)? {
-            let entry = entry.map_err(fail)?;
-            let kind = entry.file_type().map_err(fail)?;
-            if kind.is_dir() {
-                pending.push(entry.path());
-            } else if kind.is_char_device() && entry.metadata().map_err(fail)?.rdev() == 0 {
-                std::fs::remove_file(entry.path()).map_err(fail)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Unmounts whatever is mounted on a path, as often as it takes.

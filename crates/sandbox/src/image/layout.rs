@@ -23,6 +23,8 @@ pub(super) const VERSION: u32 = 1;
 
 /// File of a layer that names directories whose attributes it does not know.
 pub(super) const IMPLIED: &str = "implied";
+/// File of a layer that names directories with whiteouts.
+pub(super) const HIDING: &str = "hiding";
 
 /// `format.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,11 +158,6 @@ impl Layout {
 
     pub(super) fn layer_record(&self, diff_id: &str) -> PathBuf {
         self.layer(diff_id).join("layer.json")
-    }
-
-    /// Directories whose attributes lower layers tell.
-    pub(super) fn implied(&self, diff_id: &str) -> PathBuf {
-        self.layer(diff_id).join(IMPLIED)
     }
 
     /// Present once the layer was flushed to the disk.

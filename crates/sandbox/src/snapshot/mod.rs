@@ -25,7 +25,9 @@ use crate::engine::SnapshotMode;
 use crate::image::{FileLock, Sharing, random_name, read_record, write_record};
 use crate::image::{Image, ImageConfig, ImageError, ImageRef, ImageStore, ReadOnlyBind};
 use crate::state::OwnerDir;
-use crate::tree::{CopyOptions, copy_tree, merge_layers, remove_tree};
+use crate::tree::{
+    CopyOptions, copy_tree, for_each_directory, merge_layers, normalize_fuse_marks, remove_tree,
+};
 use serde::{Deserialize, Serialize};
 use skyrl_protocol::{SandboxId, SnapshotId};
 use std::fs::{self, DirBuilder, File};
@@ -51,6 +53,10 @@ pub enum Source<'a> {
     /// What it wrote over its image: the upper directory of its overlay, with
     /// whiteouts and opaque marks.
     Upper(&'a Path),
+    /// The same, written by fuse-overlayfs, which marks opaque directories in
+    /// its own way: they are marked in the kernel's, so that either can stack
+    /// the snapshot. This looks at every directory.
+    FuseUpper(&'a Path),
     /// Its whole root, where it had no overlay but a copy of the image.
     Root(&'a Path),
 }
@@ -195,16 +201,21 @@ impl Snapshots {
         options: CopyOptions<'_>,
     ) -> Result<(), ImageError> {
         let diff = making.join("diff");
-        let (Source::Upper(from) | Source::Root(from)) = source;
-        if mode == SnapshotMode::Consume {
-            match fs::rename(from, &diff) {
-                Ok(()) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
+        let (Source::Upper(from) | Source::FuseUpper(from) | Source::Root(from)) = source;
+        let is_moved = mode == SnapshotMode::Consume
+            && match fs::rename(from, &diff) {
+                Ok(()) => true,
+                Err(error) if error.kind() == io::ErrorKind::CrossesDevices => false,
                 Err(error) => return Err(failed("moving", from, error)),
-            }
+            };
+        if !is_moved {
+            copy_tree(from, &diff, options)?;
         }
-        copy_tree(from, &diff, options)?;
-        if mode == SnapshotMode::Consume {
+        if let Source::FuseUpper(_) = source {
+            let mark = self.store.opaque_mark();
+            for_each_directory(&diff, |dir| normalize_fuse_marks(dir, mark))?;
+        }
+        if mode == SnapshotMode::Consume && !is_moved {
             remove_tree(from)?;
         }
         Ok(())
@@ -225,7 +236,8 @@ impl Snapshots {
         fs::rename(&diff, &top).map_err(|e| failed("moving", &diff, e))?;
         let mut layers = vec![top.clone()];
         layers.extend(record.parents.drain(..).map(|p| self.path(&p).join("diff")));
-        merge_layers(&layers, &diff, self.store.opaque_mark(), options)?;
+        let mark = self.store.opaque_mark();
+        merge_layers(&layers, &record.base_layers, &diff, mark, options)?;
         remove_tree(&top).map_err(Into::into)
     }
 

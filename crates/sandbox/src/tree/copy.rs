@@ -144,12 +144,12 @@ fn copy_level(
 
 /// Hard links already met, kept as a directory of further links: neither
 /// memory nor the length of paths limits it.
-struct Links {
+pub(super) struct Links {
     path: std::path::PathBuf,
 }
 
 impl Links {
-    fn beside(target: &Path) -> Self {
+    pub(super) fn beside(target: &Path) -> Self {
         let mut name = target.as_os_str().to_owned();
         name.push(".links");
         Self { path: name.into() }
@@ -160,7 +160,7 @@ impl Links {
     }
 
     /// Makes `name` a link to the copy of this file, if there is one.
-    fn link(&self, stat: &Stat, dir: impl AsFd, name: &CStr) -> Result<bool, Errno> {
+    pub(super) fn link(&self, stat: &Stat, dir: impl AsFd, name: &CStr) -> Result<bool, Errno> {
         if stat.st_nlink < 2 {
             return Ok(false);
         }
@@ -172,7 +172,7 @@ impl Links {
         }
     }
 
-    fn keep(&self, stat: &Stat, dir: impl AsFd, name: &CStr) -> Result<(), Errno> {
+    pub(super) fn keep(&self, stat: &Stat, dir: impl AsFd, name: &CStr) -> Result<(), Errno> {
         if stat.st_nlink < 2 {
             return Ok(());
         }
@@ -187,7 +187,7 @@ impl Links {
         }
     }
 
-    fn remove(&self) -> Result<(), TreeError> {
+    pub(super) fn remove(&self) -> Result<(), TreeError> {
         remove_tree(&self.path)
     }
 }

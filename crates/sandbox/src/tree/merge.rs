@@ -1,15 +1,17 @@
-//! Merges stacked layers into one that looks the same over any base: of each
-//! name the topmost entry, with whiteouts and opaque marks kept because the
-//! base stays below. Files are shared with the layers by hard links, so merging
-//! costs no space for content.
+//! Merges stacked layers into one directory: of each name the topmost entry.
+//!
+//! Over a base ([`merge_layers`]), whiteouts and opaque marks are kept because
+//! the base stays below, and files are shared with the layers by hard links,
+//! so merging costs no space for content. Alone ([`copy_layers`]), everything
+//! is copied, and nothing is left to hide.
 
 use super::TreeError;
 use super::at::stat_entry;
-use super::copy::{CopyOptions, Inode, clone_entry, copy_attributes};
+use super::copy::{CopyOptions, Inode, Links, clone_entry, copy_attributes};
 use super::overlay::{is_opaque, is_overlay_attribute, is_whiteout};
 use super::walk::Cursor;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, FileType, Mode, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Mode, Stat, XattrFlags};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::{CStr, CString};
@@ -27,42 +29,83 @@ struct Pending {
 struct Level {
     /// Layers whose cursors are in this directory.
     members: Vec<usize>,
+    /// Layers of the base that show through here.
+    base: Vec<usize>,
     pending: Vec<Pending>,
     inode: Inode,
     opaque: bool,
-    /// Nothing of the base shows here.
-    hidden: bool,
 }
 
 struct Merge<'a> {
     layers: Vec<Cursor>,
+    /// How many of them are merged; the others are the base.
+    merged: usize,
     target: Cursor,
-    mark: &'a CStr,
+    way: Way<'a>,
     options: CopyOptions<'a>,
 }
 
-/// Merges layers (topmost first) into a directory that does not exist yet.
-/// `mark` is the attribute for opaque directories. The layers must be on the
-/// target's file system, must not change, and share their files with the
-/// result from then on. After an error the caller removes what was made.
+/// What the result is for.
+enum Way<'a> {
+    /// To be stacked over a base; opaque directories get this attribute.
+    OverBase(&'a CStr),
+    /// To be used by itself.
+    Alone(Links),
+}
+
+/// Merges layers (topmost first) into a directory that does not exist yet, to
+/// be stacked over `base`. `mark` is the attribute for opaque directories. The
+/// layers must be on the target's file system, must not change, and share
+/// their files with the result from then on. After an error the caller removes
+/// what was made.
 ///
 /// # Errors
 /// When something can't be read, linked or made, or a layer uses overlayfs'
 /// redirects, which have no meaning elsewhere.
 pub(crate) fn merge_layers(
     layers: &[PathBuf],
+    base: &[PathBuf],
     to: &Path,
     mark: &CStr,
     options: CopyOptions<'_>,
 ) -> Result<(), TreeError> {
+    merge(layers, base, to, Way::OverBase(mark), options)
+}
+
+/// Copies what stacked layers (topmost first) show to a directory that does
+/// not exist yet. The layers must not change meanwhile. After an error the
+/// caller removes what was made.
+///
+/// # Errors
+/// When something can't be read or made, or a layer uses overlayfs' redirects.
+pub fn copy_layers(
+    layers: &[PathBuf],
+    to: &Path,
+    options: CopyOptions<'_>,
+) -> Result<(), TreeError> {
+    merge(layers, &[], to, Way::Alone(Links::beside(to)), options)
+}
+
+fn merge(
+    layers: &[PathBuf],
+    base: &[PathBuf],
+    to: &Path,
+    way: Way<'_>,
+    options: CopyOptions<'_>,
+) -> Result<(), TreeError> {
+    if layers.is_empty() {
+        return Err(TreeError::new("merging nothing into", to, Errno::INVAL));
+    }
     rustix::fs::mkdir(to, Mode::RWXU).map_err(|e| TreeError::new("making", to, e))?;
     let mut merge = Merge {
         layers: layers
             .iter()
+            .chain(base)
             .map(|layer| Cursor::open(layer))
             .collect::<Result<_, _>>()?,
+        merged: layers.len(),
         target: Cursor::open(to)?,
-        mark,
+        way,
         options,
     };
     let done = merge.run();
@@ -70,17 +113,23 @@ pub(crate) fn merge_layers(
     for layer in &mut merge.layers {
         while layer.leave().ok().flatten().is_some() {}
     }
+    if let Way::Alone(links) = &merge.way {
+        links.remove()?;
+    }
     done
 }
 
 impl Merge<'_> {
     fn run(&mut self) -> Result<(), TreeError> {
-        let all = (0..self.layers.len()).collect();
-        let mut levels = vec![self.read_level(all, false, false)?];
+        let members = (0..self.merged).collect();
+        let base = (self.merged..self.layers.len()).collect();
+        let mut levels = vec![self.read_level(members, base, false)?];
         while let Some(level) = levels.last_mut() {
-            let hidden = level.hidden;
             match level.pending.pop() {
-                Some(next) => levels.push(self.descend(next, hidden)?),
+                Some(next) => {
+                    let base = level.base.clone();
+                    levels.push(self.descend(next, &base)?);
+                }
                 None => {
                     if let Some(level) = levels.pop() {
                         self.ascend(&level, levels.is_empty())?;
@@ -91,21 +140,50 @@ impl Merge<'_> {
         Ok(())
     }
 
-    fn descend(&mut self, next: Pending, hidden: bool) -> Result<Level, TreeError> {
-        let mut members = Vec::new();
-        let mut opaque = false;
-        for layer in next.layers {
-            let cursor = &mut self.layers[layer];
-            if !cursor.enter(&next.name)? {
-                return Err(cursor.error("entering a directory of", Errno::NOENT));
+    /// Enters a subdirectory in one layer; tells whether it hides the layers
+    /// below.
+    fn enter(&mut self, layer: usize, name: &CStr) -> Result<bool, TreeError> {
+        let cursor = &mut self.layers[layer];
+        if !cursor.enter(name)? {
+            return Err(cursor.error("entering a directory of", Errno::NOENT));
+        }
+        is_opaque(cursor.fd()).map_err(|e| cursor.error("reading", e))
+    }
+
+    /// Layers of the base in which a directory shows; enters it there.
+    fn enter_base(&mut self, above: &[usize], name: &CStr) -> Result<Vec<usize>, TreeError> {
+        let mut base = Vec::new();
+        for layer in above {
+            let cursor = &self.layers[*layer];
+            match stat_entry(cursor.fd(), name) {
+                Err(Errno::NOENT) => continue,
+                Err(error) => return Err(cursor.error("reading", error)),
+                Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Directory => break,
+                Ok(_) => {}
             }
+            base.push(*layer);
+            if self.enter(*layer, name)? {
+                break;
+            }
+        }
+        Ok(base)
+    }
+
+    fn descend(&mut self, next: Pending, base: &[usize]) -> Result<Level, TreeError> {
+        let mut members = Vec::new();
+        let mut opaque = next.ended;
+        for layer in next.layers {
             members.push(layer);
-            if is_opaque(cursor.fd()).map_err(|e| cursor.error("reading", e))? {
+            if self.enter(layer, &next.name)? {
                 opaque = true;
                 break;
             }
         }
-        opaque |= next.ended;
+        let base = if opaque {
+            Vec::new()
+        } else {
+            self.enter_base(base, &next.name)?
+        };
         rustix::fs::mkdirat(self.target.fd(), &next.name, Mode::RWXU)
             .map_err(|e| self.target.error("making a directory in", e))?;
         if !self.target.enter(&next.name)? {
@@ -113,15 +191,15 @@ impl Merge<'_> {
                 .target
                 .error("entering a new directory of", Errno::NOENT));
         }
-        self.read_level(members, opaque, hidden || opaque)
+        self.read_level(members, base, opaque)
     }
 
     /// Puts all but the subdirectories of a directory into the target.
     fn read_level(
         &self,
         members: Vec<usize>,
+        base: Vec<usize>,
         opaque: bool,
-        hidden: bool,
     ) -> Result<Level, TreeError> {
         let mut directories: BTreeMap<CString, Pending> = BTreeMap::new();
         let mut decided: HashSet<CString> = HashSet::new();
@@ -153,8 +231,10 @@ impl Merge<'_> {
                     }
                     None => {
                         decided.insert(name.to_owned());
-                        if !(hidden && is_whiteout(&stat)) {
-                            self.share(cursor, name, &stat)?;
+                        // Where nothing of the base shows, a whiteout hides
+                        // nothing, and would be listed itself.
+                        if !(base.is_empty() && is_whiteout(&stat)) {
+                            self.put(cursor, name, &stat)?;
                         }
                     }
                 }
@@ -165,23 +245,35 @@ impl Merge<'_> {
             .map_err(|e| top.error("reading attributes of", e))?;
         Ok(Level {
             members,
+            base,
             pending: directories.into_values().collect(),
             inode,
             opaque,
-            hidden,
         })
     }
 
-    fn share(&self, from: &Cursor, name: &CStr, stat: &rustix::fs::Stat) -> Result<(), TreeError> {
+    fn put(&self, from: &Cursor, name: &CStr, stat: &Stat) -> Result<(), TreeError> {
         let to = self.target.fd();
-        match rustix::fs::linkat(from.fd(), name, to, name, AtFlags::empty()) {
-            Ok(()) => Ok(()),
-            // Too many links, or a kernel that does not allow this one.
-            Err(Errno::MLINK | Errno::PERM | Errno::XDEV) => {
-                clone_entry(from.fd(), name, stat, to, name)
-                    .map_err(|e| from.error("copying an entry of", e))
+        let copied = |e| from.error("copying an entry of", e);
+        match &self.way {
+            Way::OverBase(_) => {
+                match rustix::fs::linkat(from.fd(), name, to, name, AtFlags::empty()) {
+                    Ok(()) => Ok(()),
+                    // Too many links, or a kernel that does not allow this one.
+                    Err(Errno::MLINK | Errno::PERM | Errno::XDEV) => {
+                        clone_entry(from.fd(), name, stat, to, name).map_err(copied)
+                    }
+                    Err(error) => Err(from.error("linking an entry of", error)),
+                }
             }
-            Err(error) => Err(from.error("linking an entry of", error)),
+            Way::Alone(links) => {
+                if links.link(stat, to, name).map_err(copied)? {
+                    return Ok(());
+                }
+                clone_entry(from.fd(), name, stat, to, name)
+                    .and_then(|()| links.keep(stat, to, name))
+                    .map_err(copied)
+            }
         }
     }
 
@@ -199,7 +291,7 @@ impl Merge<'_> {
             let dir = self.target.fd().try_clone_to_owned();
             Some(dir.map_err(|e| TreeError::new("opening", &place, e))?)
         } else {
-            for layer in &level.members {
+            for layer in level.members.iter().chain(&level.base) {
                 self.layers[*layer].leave()?;
             }
             self.target.leave()?
@@ -211,8 +303,8 @@ impl Merge<'_> {
     }
 
     fn finish(&self, dir: &OwnedFd, level: &Level) -> Result<(), Errno> {
-        if level.opaque {
-            rustix::fs::fsetxattr(dir, self.mark, b"y", XattrFlags::empty())?;
+        if let (true, Way::OverBase(mark)) = (level.opaque, &self.way) {
+            rustix::fs::fsetxattr(dir, *mark, b"y", XattrFlags::empty())?;
         }
         let inode = Inode {
             stat: level.inode.stat,

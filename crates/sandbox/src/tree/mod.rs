@@ -22,9 +22,11 @@ use at::name_of;
 pub(crate) use at::{open_dir_at, proc_path, stat_entry};
 pub use copy::{CopyOptions, copy_tree};
 pub(crate) use copy::{Inode, copy_attributes};
+pub use merge::copy_layers;
 pub(crate) use merge::merge_layers;
-pub(crate) use overlay::{is_opaque, is_overlay_attribute, is_whiteout};
+pub(crate) use overlay::{is_opaque, is_overlay_attribute, is_whiteout, normalize_fuse_marks};
 pub use remove::{clear_directory, remove_tree};
+pub(crate) use walk::for_each_directory;
 pub use walk::{TreeSize, tree_size};
 
 use std::io;

@@ -2,8 +2,8 @@
 //! for the absence of a lower entry, an attribute on a directory for the
 //! absence of all lower entries in it.
 
-use rustix::fd::AsFd;
-use rustix::fs::{FileType, Stat};
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fs::{AtFlags, FileType, Stat, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::CStr;
 
@@ -32,6 +32,29 @@ pub(crate) fn is_opaque(dir: impl AsFd) -> Result<bool, Errno> {
         }
     }
     Ok(false)
+}
+
+/// Rewrites a directory's opaque mark from the form of fuse-overlayfs (an
+/// attribute of its own, and two entries) to the kernel's, which
+/// fuse-overlayfs understands as well.
+pub(crate) fn normalize_fuse_marks(dir: BorrowedFd<'_>, mark: &CStr) -> Result<(), Errno> {
+    let opaque = is_opaque(dir)?;
+    match rustix::fs::fremovexattr(dir, OPAQUE[2]) {
+        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error),
+    }
+    let mut marked = opaque;
+    for name in [c".wh..wh..opq", c".wh..opq"] {
+        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            Ok(()) => marked = true,
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if marked {
+        rustix::fs::fsetxattr(dir, mark, b"y", XattrFlags::empty())?;
+    }
+    Ok(())
 }
 
 /// Whether an attribute belongs to an overlay file system.

@@ -173,6 +173,48 @@ impl Cursor {
     }
 }
 
+/// Visits every directory of a tree, outermost first.
+///
+/// # Errors
+/// What the visit returns, and when a directory can't be read.
+pub(crate) fn for_each_directory(
+    path: &Path,
+    mut visit: impl FnMut(BorrowedFd<'_>) -> Result<(), Errno>,
+) -> Result<(), TreeError> {
+    let mut cursor = Cursor::open(path)?;
+    let done = descend(&mut cursor, |cursor| {
+        visit(cursor.fd()).map_err(|e| cursor.error("changing", e))?;
+        let mut ignored = TreeSize::default();
+        measure(cursor, &mut ignored)
+    });
+    // The way up gives lent modes back, after a failure too.
+    while cursor.leave().ok().flatten().is_some() {}
+    done
+}
+
+/// Goes through a tree; `enter` sees each directory and names its
+/// subdirectories.
+fn descend(
+    cursor: &mut Cursor,
+    mut enter: impl FnMut(&Cursor) -> Result<Vec<CString>, TreeError>,
+) -> Result<(), TreeError> {
+    let mut pending: Vec<Vec<CString>> = vec![enter(cursor)?];
+    while let Some(names) = pending.last_mut() {
+        match names.pop() {
+            Some(name) => {
+                if cursor.enter(&name)? {
+                    pending.push(enter(cursor)?);
+                }
+            }
+            None => {
+                pending.pop();
+                cursor.leave()?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What a tree takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TreeSize {
@@ -194,27 +236,12 @@ pub fn tree_size(path: &Path) -> Result<TreeSize, TreeError> {
         bytes: allocated(&cursor.stat),
         entries: 1,
     };
-    let mut pending: Vec<Vec<CString>> = vec![measure(&cursor, &mut size)?];
-    while let Some(names) = pending.last_mut() {
-        match names.pop() {
-            Some(name) => {
-                if cursor.enter(&name)? {
-                    pending.push(measure(&cursor, &mut size)?);
-                }
-            }
-            None => {
-                pending.pop();
-                match cursor.leave() {
-                    Ok(_) => {}
-                    // A directory moved about while in use: what was counted
-                    // so far is a lower bound, and the best there is.
-                    Err(error) if error.source.raw_os_error() == Some(libc::ESTALE) => break,
-                    Err(error) => return Err(error),
-                }
-            }
-        }
+    match descend(&mut cursor, |cursor| measure(cursor, &mut size)) {
+        // A directory was moved about while in use: what was counted so far
+        // is a lower bound, and the best there is.
+        Err(error) if error.source.raw_os_error() == Some(libc::ESTALE) => Ok(size),
+        done => done.map(|()| size),
     }
-    Ok(size)
 }
 
 /// Adds the entries of the current directory; returns its subdirectories.

@@ -10,4 +10,5 @@ mod snapshots;
 mod sources;
 mod store;
 mod support;
+mod trees;
 mod unpack;

@@ -2,9 +2,10 @@
 //! specification says.
 
 use crate::archive::{Compression, Entry, build, tar};
-use crate::support::{Shown, as_root_and_plain_user, ensure, mounted, open, temp};
+use crate::support::{Shown, as_root_and_plain_user, ensure, listed, mounted, open, temp};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use skyrl_sandbox::tree::{CopyOptions, copy_layers, remove_tree};
 use std::collections::BTreeMap;
 
 /// What a layer does at a path.
@@ -177,7 +178,16 @@ fn stacked_layers_look_as_the_specification_says() {
                 for one in shown.values_mut().filter(|one| one.kind == 'd') {
                     one.mtime = 0;
                 }
-                prop_assert_eq!(shown, expected);
+                prop_assert_eq!(&shown, &expected);
+                // The same without a mount: a root copied from the layers.
+                let copy = dir.path().join("copy");
+                copy_layers(&image.layers, &copy, CopyOptions::default()).unwrap();
+                let mut copied = listed(&copy);
+                remove_tree(&copy).unwrap();
+                for one in copied.values_mut().filter(|one| one.kind == 'd') {
+                    one.mtime = 0;
+                }
+                prop_assert_eq!(copied, expected);
                 Ok(())
             };
             runner.run(&layers(), check).unwrap();

@@ -414,3 +414,32 @@ fn a_merged_chain_shows_what_the_chain_showed() {
         },
     );
 }
+
+#[test]
+fn what_fuse_overlayfs_wrote_can_be_stacked_by_the_kernel() {
+    as_root_and_plain_user(
+        "snapshots::what_fuse_overlayfs_wrote_can_be_stacked_by_the_kernel",
+        || {
+            let house = House::new();
+            let place = house.owner.dir().sandbox(&sandbox("fuse"));
+            for part in ["upper", "work", "merged"] {
+                fs::create_dir_all(place.join(part)).unwrap();
+            }
+            crate::support::run_fuse_mounted(&house.base.layers, &place, CHANGES);
+            house
+                .snapshots
+                .freeze(
+                    &snapshot("fuse"),
+                    &house.base,
+                    Source::FuseUpper(&place.join("upper")),
+                    SnapshotMode::Consume,
+                    CopyOptions::default(),
+                )
+                .unwrap();
+            let image = house.snapshots.resolve(&snapshot("fuse")).unwrap();
+            let shown = house.shown(&image);
+            assert_eq!(contents(&shown), CHANGED);
+            assert!(!shown.keys().any(|name| name.contains(".wh.")), "{shown:?}");
+        },
+    );
+}

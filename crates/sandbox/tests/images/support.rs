@@ -1,6 +1,7 @@
 //! What these tests share: running as a plain user, mounting layers, listing
 //! trees.
 
+use base64::Engine;
 use skyrl_sandbox::image::Quiet;
 use skyrl_sandbox::{Image, ImageError, ImageRef, ImageStore, PullPolicy};
 use std::collections::BTreeMap;
@@ -112,42 +113,60 @@ pub(crate) struct Shown {
 /// in a mount namespace of its own (as a plain user, in a user namespace too).
 pub(crate) fn mounted(layers: &[PathBuf], user_xattr: bool) -> BTreeMap<String, Shown> {
     let place = temp();
-    let root = place.path().join("merged");
-    fs::create_dir(&root).unwrap();
-    let lower = layers
+    // Paths relative to the current directory: the options of a mount have
+    // room for 4096 bytes only.
+    let mut lower: Vec<String> = layers
         .iter()
         .enumerate()
         .map(|(n, layer)| {
             std::os::unix::fs::symlink(layer, place.path().join(n.to_string())).unwrap();
             n.to_string()
         })
-        .collect::<Vec<_>>()
-        .join(":");
+        .collect();
     // A single lower layer needs a second one to be an overlay.
-    let empty = place.path().join("empty");
-    fs::create_dir(&empty).unwrap();
+    fs::create_dir(place.path().join("empty")).unwrap();
+    lower.push("empty".into());
+    let root = place.path().join("merged");
+    fs::create_dir(&root).unwrap();
     let options = format!(
-        "lowerdir={lower}:{}{}",
-        empty.display(),
+        "lowerdir={}{}",
+        lower.join(":"),
         if user_xattr { ",userxattr" } else { "" }
     );
-    let script = r#"
-        mount -t overlay overlay -o "$1" "$2" || exit 3
-        cd "$2" && find . -mindepth 1 -printf '%P\t%y\t%m\t%T@\t%l\n' | sort
-    "#;
-    let listing = unshared()
-        .current_dir(place.path())
-        .args(["sh", "-ec", script, "sh", &options])
-        .arg(&root)
-        .output()
-        .unwrap();
-    assert!(
-        listing.status.success(),
-        "{}",
-        String::from_utf8_lossy(&listing.stderr)
-    );
+    list(
+        &root,
+        &format!("mount -t overlay overlay -o {options} merged"),
+        place.path(),
+    )
+}
+
+/// Lists a plain directory in the same way.
+pub(crate) fn listed(root: &Path) -> BTreeMap<String, Shown> {
+    list(root, "true", root)
+}
+
+fn list(root: &Path, prepare: &str, place: &Path) -> BTreeMap<String, Shown> {
+    let run = |script: &str| {
+        let output = unshared()
+            .current_dir(place)
+            .args([
+                "sh",
+                "-ec",
+                &format!("{prepare}; cd \"$1\"; {script}"),
+                "sh",
+            ])
+            .arg(root)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    };
     let mut shown = BTreeMap::new();
-    for line in String::from_utf8(listing.stdout).unwrap().lines() {
+    for line in run(r"find . -mindepth 1 -printf '%P\t%y\t%m\t%T@\t%l\n'").lines() {
         let fields: Vec<&str> = line.split('\t').collect();
         shown.insert(
             fields[0].to_owned(),
@@ -159,20 +178,10 @@ pub(crate) fn mounted(layers: &[PathBuf], user_xattr: bool) -> BTreeMap<String, 
             },
         );
     }
-    let script = r#"
-        mount -t overlay overlay -o "$1" "$2" || exit 3
-        cd "$2" && find . -type f -size -64k -printf '%P\n' -exec base64 -w0 {} \; -printf '\n'
-    "#;
-    let contents = unshared()
-        .current_dir(place.path())
-        .args(["sh", "-ec", script, "sh", &options])
-        .arg(&root)
-        .output()
-        .unwrap();
-    let contents = String::from_utf8(contents.stdout).unwrap();
+    let contents =
+        run(r"find . -type f -size -64k -printf '%P\n' -exec base64 -w0 {} \; -printf '\n'");
     let mut lines = contents.lines();
     while let (Some(name), Some(content)) = (lines.next(), lines.next()) {
-        use base64::Engine;
         let bytes = base64::engine::general_purpose::STANDARD
             .decode(content)
             .unwrap();
@@ -226,6 +235,25 @@ pub(crate) fn run_mounted(
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+/// The same, with fuse-overlayfs on the directories of `place`.
+pub(crate) fn run_fuse_mounted(layers: &[PathBuf], place: &Path, script: &str) {
+    let lower: Vec<String> = layers
+        .iter()
+        .map(|layer| layer.display().to_string())
+        .collect();
+    let options = format!("lowerdir={},upperdir=upper,workdir=work", lower.join(":"));
+    let prepare = r#"
+        fuse-overlayfs -o "$1" merged && { (cd merged && eval "$2"); umount merged; }
+    "#;
+    let output = unshared()
+        .args(["sh", "-c", prepare, "sh", &options, script])
+        .current_dir(place)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
 }
 
 fn unshared() -> Command {

@@ -104,6 +104,8 @@ pub(super) struct DirectoryPlan {
     /// No entry of its own told its attributes: if lower layers have it, they
     /// do.
     pub(super) implied: bool,
+    /// Whiteouts were put into it.
+    pub(super) hiding: bool,
 }
 
 /// Mode, owner, times and extended attributes of an entry.

@@ -6,4 +6,4 @@ mod tar;
 mod unpack;
 
 pub(super) use tar::{Skip, TarKind, TarReader};
-pub(super) use unpack::{LayerError, UnpackOptions, unpack};
+pub(super) use unpack::{LayerError, UnpackOptions, Unpacked, unpack};

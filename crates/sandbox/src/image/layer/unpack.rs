@@ -120,6 +120,8 @@ pub(crate) struct Unpacked {
     pub(crate) dropped_xattrs: u64,
     /// Directories whose attributes lower layers tell, if they have them.
     pub(crate) implied: Vec<Vec<u8>>,
+    /// Directories with whiteouts.
+    pub(crate) hiding: Vec<Vec<u8>>,
 }
 
 /// Unpacks a tar stream into `diff`, which does not exist yet. After an error
@@ -269,12 +271,16 @@ impl Unpacker<'_> {
         let path = parent.join(name.clone());
         let dir = self.dirs.make(parent)?;
         match stat_entry(dir, name) {
-            Err(Errno::NOENT) => make_whiteout(dir, name).map_err(|error| match error {
-                Errno::PERM | Errno::ACCESS => LayerError::Unsupported(format!(
-                    "this kernel does not let a plain user make the whiteout {path}"
-                )),
-                error => LayerError::step("making the whiteout", &path, error),
-            }),
+            Err(Errno::NOENT) => {
+                make_whiteout(dir, name).map_err(|error| match error {
+                    Errno::PERM | Errno::ACCESS => LayerError::Unsupported(format!(
+                        "this kernel does not let a plain user make the whiteout {path}"
+                    )),
+                    error => LayerError::step("making the whiteout", &path, error),
+                })?;
+                self.dirs.made.entry(parent.clone()).or_default().hiding = true;
+                Ok(())
+            }
             // The layer brings this directory anew.
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
                 let plan = self.dirs.made.entry(path).or_default();
@@ -324,7 +330,7 @@ impl Unpacker<'_> {
                 let plan = DirectoryPlan {
                     attributes,
                     opaque,
-                    implied: false,
+                    ..DirectoryPlan::default()
                 };
                 self.dirs.made.insert(path, plan);
                 Ok(())
@@ -543,6 +549,9 @@ impl Unpacker<'_> {
             let is_hidden = hiding.is_some_and(|hiding| path.starts_with(hiding));
             if plan.implied && !is_hidden {
                 self.done.implied.push(path.to_bytes());
+            }
+            if plan.hiding && !is_hidden && !plan.opaque {
+                self.done.hiding.push(path.to_bytes());
             }
             if hiding.is_some_and(|hiding| !path.starts_with(hiding)) {
                 hiding = None;

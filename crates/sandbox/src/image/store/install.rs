@@ -1,6 +1,6 @@
 //! From the parts of an image to layers in the store.
 
-use super::{Inner, Work, attributes};
+use super::{Inner, Work, patch};
 use crate::image::error::ImageError;
 use crate::image::layer::{LayerError, UnpackOptions, unpack};
 use crate::image::layout::{ImageRecord, LayerRecord, boot_id, io_error};
@@ -76,7 +76,7 @@ impl Inner {
                 break;
             }
         }
-        let _stay = self.restore_attributes(&mut layers, image, work)?;
+        let _stay = self.set_right(&mut layers, image, work)?;
         let record = ImageRecord {
             digest: parts.digest.clone(),
             layers,
@@ -236,7 +236,7 @@ impl Job<'_> {
                 "left parts of a layer out"
             );
         }
-        attributes::write_implied(made.path(), &unpacked.implied)?;
+        patch::write_notes(made.path(), &unpacked)?;
         Ok(unpacked.opaque_root)
     }
 

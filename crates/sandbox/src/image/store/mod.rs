@@ -6,9 +6,9 @@
 //! kernel releases when it dies; what the dead left is removed at the next
 //! [`ImageStore::open`].
 
-mod attributes;
 mod evict;
 mod install;
+mod patch;
 mod present;
 mod usage;
 

@@ -1,14 +1,19 @@
-//! Attributes of directories that a layer writes into but does not describe.
+//! What stacking alone would show wrong, set right by a further layer of empty
+//! directories on top.
 //!
 //! A layer that adds `tmp/x` without an entry for `tmp` leaves `/tmp` as the
 //! layers below made it. overlayfs takes a directory's attributes from the
-//! topmost layer that has it, where they are a guess. So for each such
-//! directory the attributes are looked up below, and those that were guessed
-//! wrong are set right by a further layer of empty directories on top.
+//! topmost layer that has it, where they are a guess: they are looked up below
+//! instead.
+//!
+//! A whiteout of something that no layer below has hides nothing, but where
+//! its directory is in no other layer, overlayfs lists it as an entry that
+//! can't be looked up. A second layer with that directory makes it look.
 
 use super::{Inner, Work};
 use crate::image::error::ImageError;
-use crate::image::layout::{IMPLIED, LayerRecord, Marks, boot_id, io_error};
+use crate::image::layer::Unpacked;
+use crate::image::layout::{HIDING, IMPLIED, LayerRecord, Marks, boot_id, io_error};
 use crate::image::lock::{FileLock, Sharing};
 use crate::image::reference::ImageRef;
 use crate::image::temp::TempDir;
@@ -23,32 +28,51 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of names kept for a layer; a layer with more keeps its guesses.
-const MAX_IMPLIED: usize = 16 << 20;
+/// Bytes of names kept for a layer; a layer with more shows as it is.
+const MAX_NOTES: usize = 16 << 20;
 
 /// Longest path that is set right, so that it can still be written in one.
 const MAX_PATH: usize = 2048;
 
-/// Notes the directories whose attributes a layer does not tell.
-pub(super) fn write_implied(layer: &Path, implied: &[Vec<u8>]) -> Result<(), ImageError> {
-    let text = implied.join(&0);
-    if implied.is_empty() || text.len() > MAX_IMPLIED {
-        return Ok(());
+/// Notes directories of a layer that may have to be set right: those whose
+/// attributes it does not tell, and those with whiteouts.
+pub(super) fn write_notes(layer: &Path, unpacked: &Unpacked) -> Result<(), ImageError> {
+    for (name, directories) in [(IMPLIED, &unpacked.implied), (HIDING, &unpacked.hiding)] {
+        let text = directories.join(&0);
+        if directories.is_empty() || text.len() > MAX_NOTES {
+            continue;
+        }
+        let path = layer.join(name);
+        fs::write(&path, text).map_err(|e| io_error("writing", &path, e))?;
     }
-    let path = layer.join(IMPLIED);
-    fs::write(&path, text).map_err(|e| io_error("writing", &path, e))
+    Ok(())
 }
 
-/// A layer, as far as directories' attributes are concerned.
+fn read_notes(path: &Path) -> Result<BTreeSet<Vec<u8>>, ImageError> {
+    match fs::read(path) {
+        Ok(text) => Ok(text.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(error) => Err(io_error("reading", path, error)),
+    }
+}
+
+/// A layer, as far as its directories are concerned.
 struct Layer {
     diff: PathBuf,
     implied: BTreeSet<Vec<u8>>,
+    /// Those with whiteouts.
+    hiding: BTreeSet<Vec<u8>>,
 }
 
 /// What a layer has at a path.
 enum Found {
-    /// A directory; lower layers are hidden from it or not.
-    Directory { inode: Inode, hides: bool },
+    Directory {
+        inode: Inode,
+        /// Its parents hide lower layers.
+        hides: bool,
+        /// It hides lower layers itself.
+        opaque: bool,
+    },
     /// Nothing, and lower layers show through.
     Nothing,
     /// Something else, or nothing with lower layers hidden.
@@ -58,7 +82,7 @@ enum Found {
 impl Inner {
     /// Puts a layer on top of `layers` (topmost first) if directories of theirs
     /// would show wrong attributes. The lock keeps that layer.
-    pub(super) fn restore_attributes(
+    pub(super) fn set_right(
         &self,
         layers: &mut Vec<String>,
         image: &ImageRef,
@@ -66,18 +90,14 @@ impl Inner {
     ) -> Result<Option<FileLock>, ImageError> {
         let mut stack = Vec::with_capacity(layers.len());
         for id in layers.iter() {
-            let path = self.layout.implied(id);
-            let implied = match fs::read(&path) {
-                Ok(text) => text.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect(),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeSet::new(),
-                Err(error) => return Err(io_error("reading", &path, error)),
-            };
+            let layer = self.layout.layer(id);
             stack.push(Layer {
                 diff: self.layout.diff(id),
-                implied,
+                implied: read_notes(&layer.join(IMPLIED))?,
+                hiding: read_notes(&layer.join(HIDING))?,
             });
         }
-        let wrong = wrong_attributes(&stack, self.marks)
+        let wrong = wrong_directories(&stack, self.marks)
             .map_err(|e| io_error("reading", &self.layout.dir("layers"), e.into()))?;
         if wrong.is_empty() {
             return Ok(None);
@@ -109,19 +129,19 @@ impl Inner {
     }
 }
 
-/// Directories that would show wrong attributes, with the right ones, and the
+/// Directories that would show wrong, with the right attributes, and the
 /// directories on the way to them.
-fn wrong_attributes(stack: &[Layer], marks: Marks) -> Result<BTreeMap<Vec<u8>, Inode>, Errno> {
+fn wrong_directories(stack: &[Layer], marks: Marks) -> Result<BTreeMap<Vec<u8>, Inode>, Errno> {
     let candidates: BTreeSet<&Vec<u8>> = stack
         .iter()
-        .flat_map(|layer| &layer.implied)
+        .flat_map(|layer| layer.implied.iter().chain(&layer.hiding))
         .filter(|path| path.len() <= MAX_PATH)
         .collect();
     let mut wrong = BTreeMap::new();
     for path in candidates {
         let (shown, right) = look(stack, path)?;
         if let (Some(shown), Some(right)) = (shown, right)
-            && !same(&shown, &right, marks)
+            && (!same(&shown, &right, marks) || lists_whiteouts(stack, path)?)
         {
             for parent in ancestors(path) {
                 let (_, inode) = look(stack, &parent)?;
@@ -142,7 +162,7 @@ fn look(stack: &[Layer], path: &[u8]) -> Result<(Option<Inode>, Option<Inode>), 
         match find(&layer.diff, path)? {
             Found::Nothing => {}
             Found::End => break,
-            Found::Directory { inode, hides } => {
+            Found::Directory { inode, hides, .. } => {
                 if !layer.implied.contains(path) {
                     let right = Inode {
                         stat: inode.stat,
@@ -163,6 +183,27 @@ fn look(stack: &[Layer], path: &[u8]) -> Result<(Option<Inode>, Option<Inode>), 
         xattrs: inode.xattrs.clone(),
     });
     Ok((shown, right))
+}
+
+/// Whether a directory is in one layer only, and that one has whiteouts in it.
+/// (The root is in every layer.)
+fn lists_whiteouts(stack: &[Layer], path: &[u8]) -> Result<bool, Errno> {
+    let mut only = None;
+    for layer in stack {
+        match find(&layer.diff, path)? {
+            Found::Nothing => {}
+            Found::End => break,
+            Found::Directory { hides, opaque, .. } => {
+                if only.replace(layer).is_some() {
+                    return Ok(false);
+                }
+                if hides || opaque {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(!path.is_empty() && only.is_some_and(|layer| layer.hiding.contains(path)))
 }
 
 fn find(diff: &Path, path: &[u8]) -> Result<Found, Errno> {
@@ -187,7 +228,11 @@ fn find(diff: &Path, path: &[u8]) -> Result<Found, Errno> {
     let stat = rustix::fs::fstat(&here)?;
     let mut inode = Inode::read(&here, &stat)?;
     inode.xattrs.retain(|(name, _)| !is_overlay_attribute(name));
-    Ok(Found::Directory { inode, hides })
+    Ok(Found::Directory {
+        inode,
+        hides,
+        opaque: is_opaque(&here)?,
+    })
 }
 
 fn same(one: &Inode, other: &Inode, marks: Marks) -> bool {
@@ -214,7 +259,7 @@ fn digest(directories: &BTreeMap<Vec<u8>, Inode>) -> String {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
-    field(b"directory attributes, version 1");
+    field(b"directories set right, version 1");
     for (path, inode) in directories {
         let stat = &inode.stat;
         field(path);
