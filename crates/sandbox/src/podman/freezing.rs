@@ -25,6 +25,7 @@ use std::sync::Arc;
 /// Where a sandbox's files are, by what they are.
 enum Frozen {
     Upper(PathBuf),
+    FuseUpper(PathBuf),
     Root(PathBuf),
 }
 
@@ -120,6 +121,7 @@ impl Podman {
         let (frozen, mode) = if !self.roots.foreign_files() {
             let frozen = match record.rootfs.source(&written) {
                 Source::Upper(_) => Frozen::Upper(written),
+                Source::FuseUpper(_) => Frozen::FuseUpper(written),
                 Source::Root(_) => Frozen::Root(written),
             };
             (frozen, mode)
@@ -134,6 +136,7 @@ impl Podman {
         blocking("freezing files", move || {
             let source = match &frozen {
                 Frozen::Upper(path) => Source::Upper(path),
+                Frozen::FuseUpper(path) => Source::FuseUpper(path),
                 Frozen::Root(path) => Source::Root(path),
             };
             Ok(snapshots.freeze(&snapshot, &image, source, mode, CopyOptions::default())?)
@@ -162,7 +165,7 @@ impl Podman {
             }
             _ => 0,
         };
-        let layered = matches!(rootfs.source(&rootfs.written()), Source::Upper(_));
+        let layered = !matches!(rootfs.source(&rootfs.written()), Source::Root(_));
         if layered && chain >= MAX_CHAIN {
             // Merged with all it stacks on, as the sandbox sees it. Its upper
             // directory is in use, so it is stacked as one more layer.

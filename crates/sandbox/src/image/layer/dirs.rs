@@ -1,6 +1,7 @@
 //! Finding the directory an entry belongs in, from the layer's root down, one
 //! name at a time, never through a link.
 
+use super::names::LayerPath;
 use super::unpack::LayerError;
 use crate::tree::{is_whiteout, open_dir_at, remove_tree, stat_entry};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,90 +11,6 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-
-/// Longest name of a file, in bytes.
-const MAX_NAME: usize = 255;
-/// Names in a path.
-const MAX_DEPTH: usize = 2000;
-
-/// A path inside a layer: names without `.`, `..`, slashes and zero bytes.
-/// Empty for the root.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct LayerPath(Vec<CString>);
-
-impl LayerPath {
-    /// Parses the name of an entry.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, LayerError> {
-        let refuse = |why: &str| LayerError::Broken(format!("entry {} {why}", show(bytes)));
-        if bytes.starts_with(b"/") && bytes.iter().any(|byte| *byte != b'/') {
-            return Err(refuse("has an absolute path"));
-        }
-        let mut names = Vec::new();
-        for part in bytes.split(|byte| *byte == b'/') {
-            match part {
-                b"" | b"." => {}
-                b".." => return Err(refuse("leads out of the image")),
-                name if name.len() > MAX_NAME => {
-                    return Err(refuse("has a name longer than 255 bytes"));
-                }
-                name => {
-                    names.push(CString::new(name).map_err(|_| refuse("holds a zero byte"))?);
-                }
-            }
-        }
-        if names.len() > MAX_DEPTH {
-            return Err(refuse("is nested too deep"));
-        }
-        Ok(Self(names))
-    }
-
-    /// Parses the target of a hard link, which image builders also write from
-    /// the root.
-    pub(super) fn parse_target(bytes: &[u8]) -> Result<Self, LayerError> {
-        let start = bytes.iter().position(|byte| *byte != b'/');
-        Self::parse(&bytes[start.unwrap_or(bytes.len())..])
-    }
-
-    pub(super) fn split(&self) -> Option<(Self, &CString)> {
-        let (name, parent) = self.0.split_last()?;
-        Some((Self(parent.to_vec()), name))
-    }
-
-    pub(super) fn join(&self, name: CString) -> Self {
-        let mut names = self.0.clone();
-        names.push(name);
-        Self(names)
-    }
-
-    pub(super) fn names(&self) -> &[CString] {
-        &self.0
-    }
-
-    /// The path as bytes, relative to the root.
-    pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let names: Vec<&[u8]> = self.0.iter().map(|name| name.to_bytes()).collect();
-        names.join(&b'/')
-    }
-
-    pub(super) fn starts_with(&self, other: &Self) -> bool {
-        self.0.starts_with(&other.0)
-    }
-}
-
-impl std::fmt::Display for LayerPath {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0.is_empty() {
-            return f.write_str("./");
-        }
-        f.write_str(&show(&self.to_bytes()))
-    }
-}
-
-/// A name for messages: escaped, and not too long.
-pub(super) fn show(bytes: &[u8]) -> String {
-    let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(300)]);
-    format!("{shown:?}{}", if bytes.len() > 300 { "..." } else { "" })
-}
 
 /// What a directory is to become once nothing is put into it any more.
 #[derive(Debug, Clone, Default)]
@@ -145,7 +62,7 @@ impl Dirs {
             implied: true,
             ..DirectoryPlan::default()
         };
-        let made = BTreeMap::from([(LayerPath(Vec::new()), plan)]);
+        let made = BTreeMap::from([(LayerPath::root(), plan)]);
         Self {
             root,
             made,
@@ -174,7 +91,7 @@ impl Dirs {
         let clone = self.root.try_clone();
         let mut here = clone.map_err(|e| LayerError::step("opening", path, e))?;
         for (depth, name) in path.names().iter().enumerate() {
-            let upto = || LayerPath(path.names()[..=depth].to_vec());
+            let upto = || path.upto(depth + 1);
             let refuse = |why: &str| LayerError::Broken(format!("entry {path} {why} {}", upto()));
             here = match open_dir_at(&here, name) {
                 Ok(fd) => fd,
@@ -184,7 +101,7 @@ impl Dirs {
                 Err(Errno::NOENT) => {
                     return Err(refuse("needs a directory the layer does not have:"));
                 }
-                Err(error @ (Errno::NOTDIR | Errno::LOOP)) => {
+                Err(Errno::NOTDIR | Errno::LOOP) => {
                     let stat = stat_entry(&here, name)
                         .map_err(|e| LayerError::step("reading", path, e))?;
                     if is_whiteout(&stat) && missing == Missing::Make {
@@ -194,7 +111,6 @@ impl Dirs {
                     } else if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
                         return Err(refuse("goes through the symbolic link"));
                     } else {
-                        let _ = error;
                         return Err(refuse("goes through what is not a directory:"));
                     }
                 }

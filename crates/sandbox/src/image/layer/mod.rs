@@ -2,6 +2,7 @@
 //! stack. Reads bytes nobody vouches for; see [`unpack`] for what is refused.
 
 mod dirs;
+mod names;
 mod tar;
 mod unpack;
 

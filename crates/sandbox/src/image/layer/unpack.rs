@@ -18,7 +18,8 @@
 //! An entry that comes twice is replaced by its later form. Whiteouts hide
 //! what lower layers have, never what the same layer brings.
 
-use super::dirs::{Attributes, DirectoryPlan, Dirs, LayerPath, show};
+use super::dirs::{Attributes, DirectoryPlan, Dirs};
+use super::names::{LayerPath, Request, request, request_target, show};
 use super::tar::{TarEntry, TarKind, TarReader};
 use crate::image::layout::Marks;
 use crate::tree::{is_whiteout, stat_entry};
@@ -180,47 +181,6 @@ struct Unpacker<'a> {
     buffer: Vec<u8>,
 }
 
-/// What a name in a layer asks for.
-enum Request {
-    Root,
-    Entry(LayerPath, CString),
-    /// Hides an entry of lower layers.
-    Whiteout(LayerPath, CString),
-    /// Hides all entries of lower layers in a directory.
-    Opaque(LayerPath),
-    /// Bookkeeping of AUFS.
-    Ignored,
-}
-
-/// Understands the names of the layer format.
-fn request(path: &[u8]) -> Result<Request, LayerError> {
-    let parsed = LayerPath::parse(path)?;
-    let refuse = |why: &str| LayerError::Broken(format!("entry {} {why}", show(path)));
-    let Some((parent, name)) = parsed.split() else {
-        return Ok(Request::Root);
-    };
-    let name = name.clone();
-    let hidden = |name: &CString| name.to_bytes().starts_with(b".wh.");
-    if parent.names().iter().any(hidden) {
-        return match parent.names().iter().find(|n| hidden(n)) {
-            Some(first) if first.to_bytes().starts_with(b".wh..wh.") => Ok(Request::Ignored),
-            _ => Err(refuse("stands below a whiteout")),
-        };
-    }
-    let Some(target) = name.to_bytes().strip_prefix(b".wh.") else {
-        return Ok(Request::Entry(parent, name));
-    };
-    match target {
-        b".wh..opq" => Ok(Request::Opaque(parent)),
-        other if other.starts_with(b".wh.") => Ok(Request::Ignored),
-        b"" | b"." | b".." => Err(refuse("is a whiteout of nothing")),
-        other => {
-            let target = CString::new(other).map_err(|_| refuse("holds a zero byte"))?;
-            Ok(Request::Whiteout(parent, target))
-        }
-    }
-}
-
 impl Unpacker<'_> {
     fn check_bounds(&mut self) -> Result<(), LayerError> {
         self.done.entries += 1;
@@ -251,8 +211,7 @@ impl Unpacker<'_> {
                     )));
                 }
                 let attributes = self.attributes(&entry)?;
-                let root = LayerPath::parse(b"")?;
-                let plan = self.dirs.made.entry(root).or_default();
+                let plan = self.dirs.made.entry(LayerPath::root()).or_default();
                 plan.attributes = attributes;
                 plan.implied = false;
                 Ok(())
@@ -593,25 +552,6 @@ impl Unpacker<'_> {
             error => LayerError::step("marking as opaque", path, error),
         })
     }
-}
-
-/// The target of a hard link, as an entry of the layer.
-fn request_target(link: &[u8]) -> Result<Request, LayerError> {
-    let target = LayerPath::parse_target(link)?;
-    Ok(match target.split() {
-        None => Request::Root,
-        Some((parent, name)) => {
-            let hidden = target
-                .names()
-                .iter()
-                .any(|n| n.to_bytes().starts_with(b".wh."));
-            if hidden {
-                Request::Ignored
-            } else {
-                Request::Entry(parent, name.clone())
-            }
-        }
-    })
 }
 
 /// Whether an image may set an attribute.
