@@ -88,6 +88,8 @@ fn run(arguments: Arguments) -> io::Result<()> {
     let signals = init::take_signals()?;
     init::adopt_orphans()?;
     let open_files = init::raise_open_files();
+    // Before anyone can connect: a client may write there at once.
+    let workdir = workdir(arguments.workdir);
     let (listener, path) = match &arguments.listen {
         Listen::Descriptor(fd) => (init::listen_on_descriptor(*fd)?, None),
         Listen::Path(path) => {
@@ -104,7 +106,7 @@ fn run(arguments: Arguments) -> io::Result<()> {
     let guest = Guest::new(Config {
         settings: Settings {
             environment: Environment::new(std::env::vars_os()),
-            workdir: workdir(arguments.workdir),
+            workdir,
             oom,
             open_files,
             signals,
