@@ -14,6 +14,8 @@ mapfile -t targets < <(cargo fuzz list)
 [ "${#targets[@]}" -gt 0 ] || { echo "fuzz: no targets in fuzz/" >&2; exit 1; }
 for target in "${targets[@]}"; do
     echo "fuzz: $target for $seconds s" >&2
-    cargo fuzz run "$target" -- -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+    # New inputs are kept in the corpus; the seeds stay as they are.
+    mkdir -p "fuzz/corpus/$target" "fuzz/seeds/$target"
+    cargo fuzz run "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
 done
 echo "fuzz: ${#targets[@]} targets, no finding" >&2
