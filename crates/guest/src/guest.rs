@@ -1,6 +1,6 @@
 //! What all requests share.
 
-use crate::api::{openhands, swerex};
+use crate::api::{openhands, openhands_v0, swerex};
 use crate::edit::Editor;
 use crate::http::{Request, Response, Service, serve};
 use crate::process::{Commands, Processes, Settings};
@@ -30,6 +30,8 @@ pub struct Guest {
     pub editor: Editor,
     /// What the OpenHands 1.x dialect remembers.
     pub openhands: openhands::State,
+    /// What the OpenHands V0 dialect remembers.
+    pub openhands_v0: openhands_v0::State,
     /// What the SWE-ReX dialect remembers.
     pub swerex: swerex::State,
     /// Persistent shells, those of the clients' dialects included.
@@ -48,6 +50,7 @@ impl Guest {
             commands: Commands::default(),
             editor: Editor::new(),
             openhands: openhands::State::default(),
+            openhands_v0: openhands_v0::State::default(),
             swerex: swerex::State::default(),
             shells: Shells::default(),
             session_key: Mutex::new(config.session_key),

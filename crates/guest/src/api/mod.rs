@@ -5,6 +5,7 @@
 mod error;
 mod native;
 pub mod openhands;
+pub mod openhands_v0;
 mod python;
 mod spool;
 pub mod swerex;
@@ -22,6 +23,9 @@ pub fn route(guest: &Arc<Guest>, request: &mut Request<'_>) -> Response {
         return native::route(guest, request, rest).unwrap_or_else(|error| error.response());
     }
     if let Some(answer) = openhands::route(guest, request) {
+        return answer;
+    }
+    if let Some(answer) = openhands_v0::route(guest, request) {
         return answer;
     }
     if let Some(answer) = swerex::route(guest, request) {

@@ -299,3 +299,9 @@ impl Shell {
         Ok(self.session.wait(wait))
     }
 }
+
+/// Login name of the guest's own user.
+pub(crate) fn user_name() -> String {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    startup::account(rustix::process::getuid().as_raw(), &passwd).name
+}

@@ -178,8 +178,10 @@ impl State {
                 // Marks of the report are text-free; what a prompt command
                 // prints comes after it.
             }
-            Mark::Python { seq } if self.is_running(seq) => self.python = Some(Vec::new()),
+            // Also in a report that tells nothing new: it is no output.
+            Mark::Python { .. } => self.python = Some(Vec::new()),
             Mark::Reported { seq } if self.is_running(seq) => self.finish(),
+            Mark::Reported { .. } => self.python = None,
             _ => {}
         }
     }

@@ -9,7 +9,6 @@ use crate::file::{self, WriteOptions};
 use crate::http::multipart::{Multipart, MultipartError};
 use crate::http::{Request, Response};
 use serde_json::json;
-use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::Path;
 
@@ -23,19 +22,11 @@ pub(super) fn read(guest: &Guest, request: &mut Request<'_>) -> Answer {
     let wanted: ReadFile = model::read(model::object(request)?)?;
     let path = guest.processes.directory(Some(&wanted.path));
     let failed = |error: std::io::Error| Exception::os(&error, &wanted.path);
-    let file = File::open(&path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if metadata.is_dir() {
-        let error = std::io::Error::from_raw_os_error(libc::EISDIR);
-        return Err(Exception::os(&error, &wanted.path).into());
-    }
+    let mut source = file::open(&path, 0, Some(MOST_TEXT + 1)).map_err(|e| failed(e.source))?;
     let mut bytes = Vec::new();
-    file.take(MOST_TEXT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    source.reader.read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MOST_TEXT {
-        let error = std::io::Error::from_raw_os_error(libc::EFBIG);
-        return Err(Exception::os(&error, &wanted.path).into());
+        return Err(failed(std::io::Error::from_raw_os_error(libc::EFBIG)).into());
     }
     let text = decode(&bytes, wanted.encoding.as_deref(), wanted.errors.as_deref())?;
     // Text mode: every line end is "\n".
