@@ -21,7 +21,6 @@ use crate::state::{OwnerDir, make_dir};
 use crate::tree::CopyOptions;
 use crate::watchdog::{Overrun, ProcessTree, Subject, Watchdog};
 use async_trait::async_trait;
-use rustix::process::Signal;
 use skyrl_protocol::{SandboxId, SnapshotId};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -33,9 +32,6 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the kernel may take to let go of a dead sandbox's groups.
 const GROUP_LIMIT: Duration = Duration::from_secs(10);
-
-/// Rounds of signals until a sandbox is stopped without a freezer.
-const STOP_ROUNDS: usize = 64;
 
 /// How the engine is to work; the default fits.
 #[derive(Debug, Clone)]
@@ -311,20 +307,20 @@ impl NativeEngine {
         let _turn = entry.verb.lock().await;
         let processes = entry.running()?;
         let group = entry.record().group;
-        let signal = match frozen {
-            Frozen::Yes => Signal::STOP,
-            Frozen::No => Signal::CONT,
-        };
         let own = Arc::clone(&entry);
         blocking(move || {
             if group.can_freeze() {
                 return Ok(group.set_frozen(frozen, FREEZE_LIMIT)?);
             }
-            // The guest first, so that it starts nothing new meanwhile.
-            if let Some(first) = processes.pids().first() {
-                processes.signal(*first, signal);
+            if frozen == Frozen::No {
+                processes.go_on();
+            } else if !processes.stop(FREEZE_LIMIT) {
+                processes.go_on();
+                return Err(EngineError::Deadline {
+                    verb: "stopping a sandbox's processes",
+                    limit: FREEZE_LIMIT,
+                });
             }
-            processes.signal_all_but_first(signal, STOP_ROUNDS);
             own.set_stopped(frozen == Frozen::Yes);
             Ok(())
         })
