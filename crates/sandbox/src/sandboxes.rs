@@ -23,7 +23,7 @@ use crate::state::{OwnerLock, StateDir};
 use skyrl_protocol::{OwnerId, SandboxId, SnapshotId};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
@@ -96,8 +96,8 @@ pub struct Sandbox {
     pub guest: GuestClient,
     /// What it was made from.
     pub spec: Arc<SandboxSpec>,
-    /// When.
-    pub created: SystemTime,
+    /// When its guest answered first.
+    pub ready: SystemTime,
 }
 
 /// The sandboxes of one owner.
@@ -121,7 +121,9 @@ struct Shared {
 
 struct Entry {
     spec: Arc<SandboxSpec>,
-    created: SystemTime,
+    /// When its guest answered first: its age counts from there, not from the
+    /// pull of its image.
+    ready: OnceLock<SystemTime>,
     /// Held while a verb works on the sandbox.
     verb: tokio::sync::Mutex<()>,
     phase: Mutex<Phase>,
@@ -138,14 +140,18 @@ enum Phase {
 }
 
 impl Entry {
-    fn new(spec: SandboxSpec, created: SystemTime, phase: Phase) -> Arc<Self> {
+    fn new(spec: SandboxSpec, phase: Phase) -> Arc<Self> {
         Arc::new(Self {
             spec: Arc::new(spec),
-            created,
+            ready: OnceLock::new(),
             verb: tokio::sync::Mutex::new(()),
             phase: Mutex::new(phase),
             unwanted: watch::Sender::new(false),
         })
+    }
+
+    fn ready(&self) -> SystemTime {
+        *self.ready.get_or_init(SystemTime::now)
     }
 
     fn phase(&self) -> Phase {
@@ -236,7 +242,7 @@ impl Sandboxes {
     /// # Errors
     /// [`EngineError::Exists`] when the id is in use, else what went wrong.
     pub async fn start(&self, id: SandboxId, spec: SandboxSpec) -> Result<Sandbox, EngineError> {
-        let entry = Entry::new(spec, SystemTime::now(), Phase::Starting);
+        let entry = Entry::new(spec, Phase::Starting);
         {
             let mut entries = locked(&self.shared.entries);
             if entries.contains_key(&id) {
@@ -259,7 +265,7 @@ impl Sandboxes {
             Phase::Running(guest) | Phase::Paused(guest) => Some(Sandbox {
                 guest,
                 spec: entry.spec.clone(),
-                created: entry.created,
+                ready: entry.ready(),
             }),
             Phase::Starting | Phase::Gone => None,
         }
@@ -530,7 +536,7 @@ impl Shared {
                 Ok(Sandbox {
                     guest,
                     spec: entry.spec.clone(),
-                    created: entry.created,
+                    ready: entry.ready(),
                 })
             }
             Err(error) => {
@@ -548,7 +554,7 @@ impl Shared {
         id: &SandboxId,
         entry: &Entry,
     ) -> Result<GuestClient, EngineError> {
-        let mut record = SandboxRecord::new(id, self.engine.kind(), &entry.spec, entry.created);
+        let mut record = SandboxRecord::new(id, self.engine.kind(), &entry.spec);
         record.write(&self.dir)?;
         within(
             "create",
@@ -567,6 +573,7 @@ impl Shared {
                 Err(error) => return Err(self.why_silent(id, error).await),
             }
             record.socket = Some(socket);
+            record.ready = Some(entry.ready());
             record.write(&self.dir)?;
             Ok(guest)
         })
@@ -627,7 +634,10 @@ impl Shared {
             };
             match guest {
                 Some((record, guest)) => {
-                    let entry = Entry::new(record.spec, record.created, Phase::Running(guest));
+                    let entry = Entry::new(record.spec, Phase::Running(guest));
+                    if let Some(ready) = record.ready {
+                        entry.ready.get_or_init(|| ready);
+                    }
                     locked(&self.entries).insert(id.clone(), entry);
                     adopted.push(id);
                 }

@@ -78,7 +78,7 @@ pub struct Limits {
     pub pids: Option<u32>,
     /// Bytes written over the image.
     pub disk_bytes: Option<u64>,
-    /// Age at which it is destroyed.
+    /// Age, counted from its first answer, at which it is destroyed.
     pub lifetime: Option<Duration>,
 }
 

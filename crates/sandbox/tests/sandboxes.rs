@@ -298,4 +298,5 @@ macro_rules! stories {
 }
 
 stories!(native, EngineKind::Native);
+stories!(oci, EngineKind::Oci);
 stories!(podman, EngineKind::Podman);

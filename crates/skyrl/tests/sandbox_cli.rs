@@ -115,7 +115,7 @@ fn wrong_usage_says_what_is_wrong_and_ends_with_2() {
     let dir = tempfile::tempdir().unwrap();
     for (args, expected) in [
         (
-            vec!["sandbox", "run", "--memory", "much", "--", "true"],
+            vec!["sandbox", "run", "--memory", "0", "--", "true"],
             "positive number",
         ),
         (

@@ -56,7 +56,11 @@ fn end_the_old(shared: &Arc<Shared>) {
     let old: Vec<_> = locked(&shared.entries)
         .iter()
         .filter(|(_, entry)| {
-            let age = now.duration_since(entry.created).unwrap_or_default();
+            let age = entry
+                .ready
+                .get()
+                .and_then(|ready| now.duration_since(*ready).ok())
+                .unwrap_or_default();
             entry.spec.limits.lifetime.is_some_and(|limit| age > limit) && !*entry.unwanted.borrow()
         })
         .map(|(id, entry)| (id.clone(), entry.clone()))

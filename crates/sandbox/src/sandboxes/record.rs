@@ -21,24 +21,22 @@ pub struct SandboxRecord {
     pub engine: EngineKind,
     /// From what.
     pub spec: SandboxSpec,
-    /// When.
+    /// When it was asked for.
     pub created: SystemTime,
+    /// When its guest answered first; absent until then.
+    pub ready: Option<SystemTime>,
     /// Where its guest listens; absent until it has answered once.
     pub socket: Option<PathBuf>,
 }
 
 impl SandboxRecord {
-    pub(super) fn new(
-        id: &SandboxId,
-        engine: EngineKind,
-        spec: &SandboxSpec,
-        created: SystemTime,
-    ) -> Self {
+    pub(super) fn new(id: &SandboxId, engine: EngineKind, spec: &SandboxSpec) -> Self {
         Self {
             id: id.clone(),
             engine,
             spec: spec.clone(),
-            created,
+            created: SystemTime::now(),
+            ready: None,
             socket: None,
         }
     }

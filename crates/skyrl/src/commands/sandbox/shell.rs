@@ -50,8 +50,9 @@ impl Shell {
             cwd: None,
             env,
             user: None,
-            columns: size.ws_col.max(1),
-            rows: size.ws_row.max(1),
+            // A terminal that does not know its size says 0.
+            columns: if size.ws_col == 0 { 80 } else { size.ws_col },
+            rows: if size.ws_row == 0 { 24 } else { size.ws_row },
         };
         let result = match &self.id {
             Some(id) => {
