@@ -437,10 +437,21 @@ pub async fn connect(socket: &Path) -> io::Result<UnixStream> {
 }
 
 fn describe(error: &hyper::Error) -> String {
-    if error.is_closed() || error.is_incomplete_message() || error.is_canceled() {
+    let source = std::error::Error::source(error);
+    let broken_off = source
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .is_some_and(|io| {
+            matches!(
+                io.kind(),
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::BrokenPipe
+            )
+        });
+    if broken_off || error.is_closed() || error.is_incomplete_message() || error.is_canceled() {
         "it hung up: the sandbox has ended".to_owned()
     } else {
-        let source = std::error::Error::source(error).map(|s| format!(": {s}"));
+        let source = source.map(|s| format!(": {s}"));
         format!("{error}{}", source.unwrap_or_default())
     }
 }

@@ -13,6 +13,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(15);
+/// How long the guest may take to answer.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How long a guest lives after a lease of one second.
+const RUN_OUT: Duration = Duration::from_secs(4);
 
 /// Arguments of `skyrl sandbox rm`.
 #[derive(clap::Args)]
@@ -46,11 +50,18 @@ impl Remove {
 async fn end(guest: &GuestClient) -> Result<(), Failure> {
     let started = Instant::now();
     while started.elapsed() < DEADLINE {
-        // Asked again, since the owner may renew the lease in between.
-        if guest.renew_lease(1, Duration::from_secs(2)).await.is_err() {
+        if guest.renew_lease(1, ANSWER).await.is_err() {
             return Ok(());
         }
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        // The owner may have renewed the lease in between: then it is asked
+        // to end again.
+        let asked = Instant::now();
+        while asked.elapsed() < RUN_OUT {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if guest.health().await.is_err() {
+                return Ok(());
+            }
+        }
     }
     Err(Failure::new(
         Exit::TimedOut,
