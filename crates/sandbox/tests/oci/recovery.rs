@@ -8,7 +8,7 @@ use skyrl_sandbox::oci::{OciEngine, OciOptions, RuntimeKind};
 use skyrl_sandbox::{
     Engine, EngineContext, GuestClient, Network, OwnerLock, SandboxSpec, SnapshotMode, StateDir,
 };
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,14 @@ const WORK: &str = "SKYRL_TEST_OCI_WORK";
 /// a few times. The tests below run it in a process of its own to kill it.
 #[test]
 fn an_owner_at_work_leaves_nothing_when_it_ends_in_order() {
-    let own = tempfile::tempdir().unwrap();
-    let given = std::env::var_os(STATE);
-    let dir = given.as_ref().map_or(own.path(), Path::new);
+    let given = std::env::var_os(STATE).map(PathBuf::from);
+    // Not made when it is not used: nobody would remove it after a kill.
+    let own = given.is_none().then(|| tempfile::tempdir().unwrap());
+    let dir = match (&given, &own) {
+        (Some(given), _) => given,
+        (None, Some(own)) => own.path(),
+        (None, None) => unreachable!("one of them is there"),
+    };
     let work = std::env::var(WORK).unwrap_or_default();
     let (context, lock) = owner(dir);
     run(async {
