@@ -31,6 +31,16 @@ pub(super) struct Runtime {
     pub(super) path: PathBuf,
 }
 
+impl Runtime {
+    /// Whether it makes control groups even when told not to.
+    pub(super) fn makes_groups(&self) -> bool {
+        self.name == RUNC
+    }
+}
+
+/// The runtime that needs a wrapper.
+const RUNC: &str = "runc";
+
 /// A TOML string.
 fn quoted(text: impl AsRef<Path>) -> String {
     let mut out = String::from("\"");
@@ -60,7 +70,10 @@ pub(super) fn containers_conf(layout: &Layout, runtime: &Runtime) -> String {
     let wrapper = quoted(layout.conf().join("conmon"));
     let networks = quoted(layout.engine().join("networks"));
     let Runtime { name, path } = runtime;
-    let path = quoted(path);
+    let path = match *name {
+        RUNC => quoted(layout.conf().join(RUNC)),
+        _ => quoted(path),
+    };
     format!(
         r#"# Written by skyrl for one owner's Podman; changes are overwritten.
 [containers]
@@ -87,6 +100,10 @@ hooks_dir = []
 # shared memory segment for all Podmans of a user, of fixed size.
 lock_type = "file"
 runtime = "{name}"
+# Podman 4.3 reads the first name, its documentation and later versions have
+# the second.
+runtime_supports_nocgroup = ["crun", "runc"]
+runtime_supports_nocgroups = ["crun", "runc"]
 
 [engine.runtimes]
 {name} = [{path}]
@@ -117,6 +134,33 @@ rootless_storage_path = {graph_root}
 /// A word for `sh`.
 fn shell_word(path: &Path) -> String {
     format!("'{}'", path.to_string_lossy().replace('\'', r"'\''"))
+}
+
+/// What Podman runs in place of runc: Podman tells a runtime to leave control
+/// groups alone with an option that only crun knows.
+pub(super) fn runc_wrapper(runtime: &Runtime) -> Option<String> {
+    let path = shell_word(&runtime.path);
+    runtime.makes_groups().then(|| {
+        format!(
+            r#"#!/bin/sh
+# Written by skyrl: runs runc without the option that only crun knows.
+left=$#
+while [ "$left" -gt 0 ]; do
+    word=$1
+    shift
+    left=$((left - 1))
+    case $word in
+    --cgroup-manager)
+        shift
+        left=$((left - 1))
+        ;;
+    *) set -- "$@" "$word" ;;
+    esac
+done
+exec {path} "$@"
+"#
+        )
+    })
 }
 
 /// What Podman runs in place of its monitor: enters the sandbox's control

@@ -84,11 +84,29 @@ pub(super) fn find_monitor() -> Option<PathBuf> {
     })
 }
 
-/// crun, or runc where there is no crun.
-pub(super) fn find_runtime() -> Option<Runtime> {
-    ["crun", "runc"]
-        .into_iter()
-        .find_map(|name| find_program(name).map(|path| Runtime { name, path }))
+/// Controllers that a hybrid machine's v2 hierarchy has: with any of them
+/// there, crun refuses to run at all.
+pub(super) fn hybrid_controllers() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").ok()?;
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// A runtime by name, or the best there is.
+pub(super) fn find_runtime(wanted: Option<&str>) -> Option<Runtime> {
+    let find = |name: &'static str| {
+        wanted
+            .is_none_or(|wanted| wanted == name)
+            .then(|| find_program(name))
+            .flatten()
+            .map(|path| Runtime { name, path })
+    };
+    better_runtime(find("crun"), find("runc"), hybrid_controllers().is_some())
+}
+
+/// crun is faster and smaller, where it runs.
+fn better_runtime(crun: Option<Runtime>, runc: Option<Runtime>, hybrid: bool) -> Option<Runtime> {
+    if hybrid { runc.or(crun) } else { crun.or(runc) }
 }
 
 /// Asks a Podman for its version; absent when it does not run.
@@ -134,5 +152,23 @@ mod tests {
         );
         assert_eq!(Version::read("command not found"), None);
         assert!(Version(4, 10, 0) > Version(4, 9, 9));
+    }
+
+    #[test]
+    fn runc_is_taken_where_crun_would_refuse() {
+        let runtime = |name: &'static str| {
+            Some(Runtime {
+                name,
+                path: name.into(),
+            })
+        };
+        let best = |hybrid| better_runtime(runtime("crun"), runtime("runc"), hybrid);
+        assert_eq!(best(false), runtime("crun"));
+        assert_eq!(best(true), runtime("runc"));
+        assert_eq!(better_runtime(runtime("crun"), None, true), runtime("crun"));
+        assert_eq!(
+            better_runtime(None, runtime("runc"), false),
+            runtime("runc")
+        );
     }
 }

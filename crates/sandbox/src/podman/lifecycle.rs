@@ -45,6 +45,9 @@ pub(super) struct Podman {
     /// Held while it is decided what becomes of a snapshot.
     pub(super) books: tokio::sync::Mutex<()>,
     pub(super) translator: Option<Translator>,
+    /// The runtime puts containers into groups of its own making, out of which
+    /// they have to be brought.
+    pub(super) regroup: bool,
     pub(super) sandboxes: Mutex<HashMap<SandboxId, Arc<Live>>>,
 }
 
@@ -214,6 +217,10 @@ impl Podman {
         let state = containers::inspect(&self.rest, id)
             .await?
             .ok_or_else(|| EngineError::NotFound(id.clone()))?;
+        if self.regroup {
+            // Nobody has been told of the guest yet, so it has no children.
+            live.record().group.add(state.pid)?;
+        }
         live.found(
             &self.layout,
             id,
@@ -234,7 +241,7 @@ impl Podman {
         let mut started = false;
         let mut pause = Duration::from_micros(500);
         loop {
-            if socket.exists() {
+            if socket.exists() && (started || !self.regroup) {
                 if live.record().foreign_guest {
                     self.roots.open_socket(&socket).await?;
                 }
@@ -368,6 +375,7 @@ impl Podman {
             blocking("removing a sandbox", move || {
                 if let Some(record) = &record {
                     record.group.kill();
+                    record.remove_nested_groups();
                     record.group.remove(DEATH_PATIENCE)?;
                 }
                 let owner = podman.context.owner.owner();

@@ -41,7 +41,7 @@ use crate::cgroup::Cgroups;
 use crate::context::EngineContext;
 use crate::engine::{Engine, EngineKind, Liveness, SnapshotMode, Stats};
 use crate::error::EngineError;
-use crate::rootfs::RootWays;
+use crate::rootfs::{RootMethod, RootWays};
 use crate::seccomp;
 use crate::snapshot::Snapshots;
 use crate::spec::SandboxSpec;
@@ -60,6 +60,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// How the engine is to work; the default fits.
+#[derive(Debug, Clone, Default)]
+pub struct PodmanOptions {
+    /// How roots are made; the best way when absent.
+    pub root: Option<RootMethod>,
+    /// `crun` or `runc`; the better one when absent.
+    pub runtime: Option<String>,
+}
+
 /// Makes sandboxes with Podman.
 pub struct PodmanEngine {
     podman: Arc<Podman>,
@@ -73,7 +82,22 @@ impl PodmanEngine {
     /// [`EngineError::Unusable`] when Podman can't work here, with what would
     /// make it.
     pub async fn open(context: EngineContext) -> Result<Self, EngineError> {
-        let install = blocking("looking for podman", probe::installation).await?;
+        Self::open_with(context, PodmanOptions::default()).await
+    }
+
+    /// The same, told how to work.
+    ///
+    /// # Errors
+    /// As [`PodmanEngine::open`].
+    pub async fn open_with(
+        context: EngineContext,
+        options: PodmanOptions,
+    ) -> Result<Self, EngineError> {
+        let runtime = options.runtime.clone();
+        let install = blocking("looking for podman", move || {
+            probe::installation(runtime.as_deref())
+        })
+        .await?;
         refuse_network_file_systems(context.owner.root())?;
         let layout = Layout::new(&context.owner);
         layout.make()?;
@@ -119,6 +143,7 @@ impl PodmanEngine {
             install.slirp4netns.is_some(),
             install.pasta.is_some(),
         );
+        let regroup = install.runtime.makes_groups();
         let rest = Rest::new(Service::new(
             layout.clone(),
             install,
@@ -137,6 +162,7 @@ impl PodmanEngine {
                 snapshots: Arc::new(snapshots),
                 books: Default::default(),
                 translator,
+                regroup,
                 sandboxes: Default::default(),
             }),
         })
@@ -172,6 +198,9 @@ fn write_configuration(layout: &Layout, install: &Installation) -> Result<(), En
     };
     let wrapper = conf::monitor_wrapper(&install.monitor, layout.sandboxes());
     write("conmon", wrapper, 0o700)?;
+    if let Some(wrapper) = conf::runc_wrapper(&install.runtime) {
+        write(install.runtime.name, wrapper, 0o700)?;
+    }
     write("seccomp.json", seccomp::profile().to_string(), 0o600)?;
     write("storage.conf", conf::storage_conf(layout), 0o600)?;
     let containers = conf::containers_conf(layout, &install.runtime);

@@ -3,7 +3,8 @@
 
 use super::conf::Runtime;
 use super::install::{
-    Installation, OLDEST, Privilege, Version, find_monitor, find_runtime, privilege, version_of,
+    Installation, OLDEST, Privilege, Version, find_monitor, find_runtime, hybrid_controllers,
+    privilege, version_of,
 };
 use crate::cgroup::{Cgroups, Controller};
 use crate::command::find_program;
@@ -19,6 +20,8 @@ struct Found {
     version: Option<Version>,
     monitor: Option<PathBuf>,
     runtime: Option<Runtime>,
+    /// Controllers in the way of crun.
+    hybrid: Option<String>,
     privilege: Privilege,
     slirp4netns: Option<PathBuf>,
     pasta: Option<PathBuf>,
@@ -38,13 +41,14 @@ struct UserFound {
     mappers: bool,
 }
 
-fn look() -> Found {
+fn look(runtime: Option<&str>) -> Found {
     let podman = find_program("podman");
     Found {
         version: podman.as_deref().and_then(version_of),
         podman,
         monitor: find_monitor(),
-        runtime: find_runtime(),
+        runtime: find_runtime(runtime),
+        hybrid: hybrid_controllers(),
         privilege: privilege(),
         slirp4netns: find_program("slirp4netns"),
         pasta: find_program("pasta"),
@@ -109,6 +113,13 @@ fn obstacle(found: &Found) -> Option<(String, String)> {
     if found.runtime.is_none() {
         return lacks("neither crun nor runc is installed", "install crun");
     }
+    if let (Some(Runtime { name: "crun", .. }), Some(controllers)) = (&found.runtime, &found.hybrid)
+    {
+        return Some((
+            format!("crun refuses hybrid cgroups whose v2 tree has controllers ({controllers})"),
+            hybrid_remedy(controllers),
+        ));
+    }
     if found.privilege == Privilege::Rootless {
         if found.user.namespaces == 0 {
             return lacks(
@@ -129,12 +140,23 @@ fn obstacle(found: &Found) -> Option<(String, String)> {
     None
 }
 
+/// A controller that is mounted as v1 leaves v2.
+fn hybrid_remedy(controllers: &str) -> String {
+    let mounts: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| {
+            format!("mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}")
+        })
+        .collect();
+    format!("install runc, or as root: {}", mounts.join(" && "))
+}
+
 /// The programs to work with.
 ///
 /// # Errors
 /// [`EngineError::Unusable`] with what is missing.
-pub(super) fn installation() -> Result<Installation, EngineError> {
-    let found = look();
+pub(super) fn installation(runtime: Option<&str>) -> Result<Installation, EngineError> {
+    let found = look(runtime);
     if let Some((reason, hint)) = obstacle(&found) {
         return Err(EngineError::Unusable {
             engine: EngineKind::Podman,
@@ -168,7 +190,7 @@ pub(super) fn installation() -> Result<Installation, EngineError> {
 
 /// What the engine finds here.
 pub fn probe() -> EngineProbe {
-    judge(&look(), &Cgroups::probe())
+    judge(&look(None), &Cgroups::probe())
 }
 
 fn judge(found: &Found, cgroups: &Cgroups) -> EngineProbe {
@@ -216,6 +238,11 @@ fn facts(found: &Found, cgroups: &Cgroups) -> Vec<Fact> {
         },
         program("conmon", found.monitor.as_ref(), "install conmon"),
         match &found.runtime {
+            Some(Runtime { name: "crun", .. }) if found.hybrid.is_some() => Fact::lacking(
+                "runtime",
+                "crun, which refuses hybrid cgroups with controllers in v2",
+                hybrid_remedy(found.hybrid.as_deref().unwrap_or_default()),
+            ),
             Some(Runtime { name, path }) => {
                 Fact::good("runtime", format!("{name} at {}", path.display()))
             }
@@ -300,6 +327,7 @@ mod tests {
                 name: "crun",
                 path: "/usr/bin/crun".into(),
             }),
+            hybrid: None,
             privilege: Privilege::Rootless,
             slirp4netns: None,
             pasta: None,
@@ -346,6 +374,7 @@ mod tests {
         assert!(usable(&|f| f.version = Some(Version(3, 4, 4))).contains("3.4.4 is too old"));
         assert!(usable(&|f| f.monitor = None).contains("conmon"));
         assert!(usable(&|f| f.runtime = None).contains("crun"));
+        assert!(usable(&|f| f.hybrid = Some("hugetlb".into())).contains("hugetlb"));
         assert!(usable(&|f| f.user.namespaces = 0).contains("user namespaces"));
     }
 

@@ -184,8 +184,9 @@ pub(super) fn all() -> Vec<Process> {
 }
 
 /// Names of programs that work for the engine: Podman with its monitor,
-/// runtimes and network helpers, and the shell that keeps its namespace.
-const HELPERS: [&str; 9] = [
+/// runtimes and network helpers, what serves roots through FUSE, and the shell
+/// that keeps the namespace.
+const HELPERS: [&str; 10] = [
     "podman",
     "conmon",
     "crun",
@@ -194,23 +195,26 @@ const HELPERS: [&str; 9] = [
     "pasta",
     "pasta.avx2",
     "catatonit",
+    "fuse-overlayfs",
     "sh",
 ];
 
-/// Whether a process works for the engine in this directory: its helpers all
-/// name it in their arguments. Sandboxed processes can make themselves look
-/// like this, and then are killed as the only consequence.
-pub(super) fn works_for(process: Process, engine: &Path) -> bool {
+/// Whether a process works for the engine in one of these directories: its
+/// helpers all name one in their arguments. Sandboxed processes can make
+/// themselves look like this, and then are killed as the only consequence.
+pub(super) fn works_for(process: Process, directories: &[&Path]) -> bool {
     let name = std::fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
     if !HELPERS.contains(&name.trim()) {
         return false;
     }
-    let mut directory = engine.as_os_str().as_bytes().to_vec();
-    directory.push(b'/');
-    process
-        .arguments()
-        .windows(directory.len())
-        .any(|words| words == directory)
+    let arguments = process.arguments();
+    directories.iter().any(|directory| {
+        let mut directory = directory.as_os_str().as_bytes().to_vec();
+        directory.push(b'/');
+        arguments
+            .windows(directory.len())
+            .any(|words| words == directory)
+    })
 }
 
 #[cfg(test)]

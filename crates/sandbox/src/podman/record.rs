@@ -43,6 +43,27 @@ impl Record {
             .map_err(|e| EngineError::step("writing", path.display(), e))
     }
 
+    /// Removes the groups a runtime made below the sandbox's, which have no
+    /// processes any more.
+    pub(super) fn remove_nested_groups(&self) {
+        fn descend(directory: &Path) {
+            let Ok(entries) = std::fs::read_dir(directory) else {
+                return;
+            };
+            for entry in entries.flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    descend(&entry.path());
+                    // If it can't be removed, neither can the one above,
+                    // which is where it is told.
+                    let _ = std::fs::remove_dir(entry.path());
+                }
+            }
+        }
+        for directory in self.group.directories() {
+            descend(directory);
+        }
+    }
+
     /// What an earlier process wrote; absent when there is nothing readable.
     pub(super) fn read(directory: &Path) -> Option<Self> {
         let json = std::fs::read(directory.join(FILE)).ok()?;

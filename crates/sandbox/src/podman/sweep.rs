@@ -62,10 +62,10 @@ pub async fn sweep(owner: &OwnerDir) -> Result<(), EngineError> {
     blocking("removing what podman left", move || clear(&layout)).await
 }
 
-/// A sandbox's directory with what is written down in it.
+/// A sandbox's directory, with what is written down in it if it got so far.
 struct Leftover {
     directory: PathBuf,
-    record: Record,
+    record: Option<Record>,
 }
 
 fn leftovers(layout: &Layout) -> Vec<Leftover> {
@@ -74,12 +74,9 @@ fn leftovers(layout: &Layout) -> Vec<Leftover> {
     };
     entries
         .flatten()
-        .filter_map(|entry| {
-            let directory = entry.path();
-            Some(Leftover {
-                record: Record::read(&directory)?,
-                directory,
-            })
+        .map(|entry| Leftover {
+            record: Record::read(&entry.path()),
+            directory: entry.path(),
         })
         .collect()
 }
@@ -87,6 +84,9 @@ fn leftovers(layout: &Layout) -> Vec<Leftover> {
 fn clear(layout: &Layout) -> Result<(), EngineError> {
     let leftovers = leftovers(layout);
     kill_processes(layout, &leftovers)?;
+    for record in leftovers.iter().filter_map(|one| one.record.as_ref()) {
+        record.remove_nested_groups();
+    }
     let parents: Vec<PathBuf> = recorded_parents(layout).into_iter().collect();
     cgroup::group::sweep(&parents, layout.key(), DEATH_PATIENCE)?;
     for root in [layout.engine(), layout.sandboxes()] {
@@ -99,7 +99,7 @@ fn clear(layout: &Layout) -> Result<(), EngineError> {
 
 fn kill_processes(layout: &Layout, leftovers: &[Leftover]) -> Result<(), EngineError> {
     // Frozen processes die only when thawed.
-    for Leftover { record, .. } in leftovers {
+    for record in leftovers.iter().filter_map(|one| one.record.as_ref()) {
         if record.group.is_frozen() {
             record.group.set_frozen(Frozen::No, DEATH_PATIENCE)?;
         }
@@ -112,7 +112,8 @@ fn kill_processes(layout: &Layout, leftovers: &[Leftover]) -> Result<(), EngineE
         .collect();
     let known: BTreeSet<Process> = leftovers
         .iter()
-        .flat_map(|one| [one.record.first, one.record.monitor])
+        .filter_map(|one| one.record.as_ref())
+        .flat_map(|record| [record.first, record.monitor])
         .flatten()
         .collect();
     let own = std::process::id() as i32;
@@ -123,7 +124,7 @@ fn kill_processes(layout: &Layout, leftovers: &[Leftover]) -> Result<(), EngineE
         for process in all() {
             if process.pid != own
                 && (known.contains(&process)
-                    || works_for(process, layout.engine())
+                    || works_for(process, &[layout.engine(), layout.sandboxes()])
                     || lives_in(process, &control_directories))
             {
                 process
@@ -185,7 +186,7 @@ fn remove_files(layout: &Layout, leftovers: &[Leftover]) -> Result<(), EngineErr
 /// Files of subordinate ids can only be removed in a user namespace that has
 /// them. Podman makes one, with a pause process of its own.
 fn remove_in_user_namespace(layout: &Layout, paths: &[&Path]) -> Result<(), EngineError> {
-    let install = super::probe::installation()?;
+    let install = super::probe::installation(None)?;
     layout.make()?;
     let mut command = podman_command(&install, layout, &environment(layout));
     command

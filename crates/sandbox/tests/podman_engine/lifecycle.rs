@@ -4,8 +4,11 @@
 use crate::support::{Place, assert_no_traces, groups, id, out, sh, start, unique};
 use crate::users::{Subordinate, run, run_as_plain_user};
 use skyrl_protocol::guest::{ExecRequest, UserGroup};
+use skyrl_sandbox::podman::PodmanOptions;
+use skyrl_sandbox::rootfs::RootMethod;
 use skyrl_sandbox::{
-    Engine, EngineError, HostMount, ImageRef, Liveness, Network, SandboxSpec, SnapshotMode,
+    Engine, EngineError, HostMount, ImageRef, Liveness, Network, PodmanEngine, SandboxSpec,
+    SnapshotMode,
 };
 
 async fn a_sandbox_is_as_asked_for_and_leaves_nothing() {
@@ -89,7 +92,7 @@ async fn a_paused_sandbox_stands_still() {
     let guest = start(&engine, &name, &place.spec()).await;
     out(
         &guest,
-        "(while true; do echo x >> /tmp/ticks; sleep 0.02; done) >/dev/null 2>&1 &",
+        "echo > /tmp/ticks; (while true; do echo x >> /tmp/ticks; sleep 0.02; done) >/dev/null 2>&1 &",
     )
     .await;
     engine.pause(&id(&name)).await.unwrap();
@@ -277,6 +280,69 @@ async fn a_long_state_directory_is_no_obstacle() {
     assert_eq!(out(&guest, "echo reached").await, "reached");
 }
 
+/// The life of a sandbox with an engine told how to work.
+async fn works_with(options: PodmanOptions) {
+    let place = Place::new();
+    let engine = PodmanEngine::open_with(place.context(), options)
+        .await
+        .unwrap();
+    let (name, fork) = (unique("way"), unique("ways-fork"));
+    let guest = start(&engine, &name, &place.spec()).await;
+    out(
+        &guest,
+        "echo kept > /root/file; rm /bin/wget; mkdir -m 700 /root/d; echo x > /root/d/f",
+    )
+    .await;
+    engine.pause(&id(&name)).await.unwrap();
+    engine.resume(&id(&name)).await.unwrap();
+    assert!(engine.stats(&id(&name)).await.unwrap().disk_bytes.unwrap() > 0);
+    let frozen = "way".parse().unwrap();
+    engine
+        .snapshot(&id(&name), &frozen, SnapshotMode::Consume)
+        .await
+        .unwrap();
+    let spec = SandboxSpec::new(ImageRef::Snapshot(frozen));
+    let guest = start(&engine, &fork, &spec).await;
+    assert_eq!(
+        out(
+            &guest,
+            "cat /root/file /root/d/f; ls /bin/wget 2>/dev/null || echo gone"
+        )
+        .await,
+        "kept\nx\ngone"
+    );
+    engine.destroy(&id(&fork)).await.unwrap();
+    assert!(groups(&fork).is_empty() && groups(&name).is_empty());
+    let guest = start(&engine, &unique("left"), &place.spec()).await;
+    out(&guest, "true").await;
+    engine.shutdown().await.unwrap();
+    assert_no_traces(place.dir.path());
+}
+
+async fn roots_can_be_made_through_fuse() {
+    works_with(PodmanOptions {
+        root: Some(RootMethod::FuseOverlay),
+        ..PodmanOptions::default()
+    })
+    .await;
+}
+
+async fn roots_can_be_copied() {
+    works_with(PodmanOptions {
+        root: Some(RootMethod::Copy),
+        ..PodmanOptions::default()
+    })
+    .await;
+}
+
+async fn runc_serves_where_there_is_no_crun() {
+    works_with(PodmanOptions {
+        runtime: Some("runc".into()),
+        ..PodmanOptions::default()
+    })
+    .await;
+}
+
 /// A story as root, and as plain users with and without subordinate ids.
 macro_rules! stories {
     ($($story:ident)*) => {
@@ -307,6 +373,9 @@ stories! {
     the_network_is_the_one_asked_for
     other_users_exist_where_ids_are_granted
     a_long_state_directory_is_no_obstacle
+    roots_can_be_made_through_fuse
+    roots_can_be_copied
+    runc_serves_where_there_is_no_crun
 }
 
 mod alone {
