@@ -5,7 +5,7 @@
 //! interface; it knows neither engines nor the runtime server.
 //!
 //! Rooms: [`init`] makes the process fit to be PID 1; [`process`] starts and
-//! ends commands; [`file`] reads and writes files; [`edit`], [`search`] and
+//! ends commands; [`mod@file`] reads and writes files; [`edit`], [`search`] and
 //! [`git`] are tools of agents; [`http`] speaks HTTP; [`api`] joins them into
 //! routes, one module per client family.
 //! ends commands; [`shell`] keeps shells that last; [`edit`] and [`search`]
