@@ -9,6 +9,7 @@ mod printer;
 use clap::{Parser, Subcommand};
 use exit::{Exit, Failure};
 use printer::Printer;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::process::ExitCode;
 
 /// Agentic reinforcement learning on SLURM clusters.
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         }
     };
     start_log(cli.verbose);
+    allow_open_files();
     let printer = Printer;
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -68,6 +70,19 @@ fn main() -> ExitCode {
             printer.error(&failure);
             failure.exit.into()
         }
+    }
+}
+
+/// Raises the soft limit of open files to the hard one: each sandbox takes a
+/// few descriptors. Where it is refused, the limit's own error tells later.
+fn allow_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
 

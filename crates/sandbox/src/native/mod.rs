@@ -3,7 +3,7 @@
 //!
 //! The engine prepares directories and control groups, says what to start in
 //! a plan, and keeps the books; a zygote (`skyrl-zygote`) clones. Everything
-//! on the disk is recorded before it is made, so that [`sweep`] can remove
+//! on the disk is recorded before it is made, so that [`sweep()`] can remove
 //! it all whatever happened.
 
 mod engine;

@@ -1,5 +1,5 @@
 //! The programs an engine needs and how this user may run them, found once.
-//! Deciding from what was found is pure; see [`super::probe`] for the report.
+//! Deciding from what was found is pure; see [`super::probe()`] for the report.
 
 use super::conf::Runtime;
 use crate::command::find_program;

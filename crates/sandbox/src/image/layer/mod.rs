@@ -1,5 +1,5 @@
 //! Layers: from a tar stream in a registry's form to a directory overlayfs can
-//! stack. Reads bytes nobody vouches for; see [`unpack`] for what is refused.
+//! stack. Reads bytes nobody vouches for; see [`unpack()`] for what is refused.
 
 mod dirs;
 mod names;
