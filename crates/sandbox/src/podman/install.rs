@@ -4,6 +4,7 @@
 use super::conf::Runtime;
 use crate::command::find_program;
 use std::ffi::OsString;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -111,16 +112,40 @@ fn better_runtime(crun: Option<Runtime>, runc: Option<Runtime>, hybrid: bool) ->
 
 /// Asks a Podman for its version; absent when it does not run.
 pub(super) fn version_of(podman: &Path) -> Option<Version> {
+    // Even for this it wants a home and, as a plain user, makes directories
+    // for its run state, in `/tmp` if it is told of no better place.
+    let scratch = Scratch::new()?;
     let output = Command::new(podman)
         .arg("--version")
-        // Even for this it wants a home that exists; it writes nothing there.
         .env_clear()
         .env("PATH", search_path())
-        .env("HOME", "/")
+        .env("HOME", &scratch.0)
+        .env("XDG_RUNTIME_DIR", &scratch.0)
+        .current_dir("/")
         .stdin(Stdio::null())
         .output()
         .ok()?;
     Version::read(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// A directory for the moment.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Option<Self> {
+        let name = format!("skyrl-podman-{:016x}", getrandom::u64().ok()?);
+        let path = std::env::temp_dir().join(name);
+        std::fs::DirBuilder::new().mode(0o700).create(&path).ok()?;
+        Some(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::debug!(%error, "a temporary directory was not removed");
+        }
+    }
 }
 
 /// As whom Podman would run.

@@ -77,6 +77,10 @@ pub(crate) fn run_as_plain_user(
         said.contains("1 passed"),
         "no test is named {name}:\n{said}"
     );
+    for fallback in ["podman-run-", "containers-user-", "storage-run-"] {
+        let path = Path::new("/tmp").join(format!("{fallback}{}", account.uid));
+        assert!(!path.exists(), "{} was left", path.display());
+    }
     assert!(
         !Path::new("/nonexistent").exists(),
         "something was written to the home directory"
