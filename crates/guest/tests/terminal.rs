@@ -84,6 +84,9 @@ fn a_shell_is_interactive_and_knows_its_size() {
     terminal.send(frame::DATA, b"sh -c 'echo $((40+2)); sleep 1000'\n");
     terminal.read_until("42");
     terminal.send(frame::DATA, b"\x03");
+    terminal.read_until("^C");
+    // A shell that is interrupted throws away what was typed ahead.
+    std::thread::sleep(std::time::Duration::from_millis(500));
     terminal.send(frame::DATA, b"exit 5\n");
     let result = terminal.read_exit();
     assert_eq!(result.exit_code, Some(5));
