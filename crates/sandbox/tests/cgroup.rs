@@ -42,7 +42,7 @@ fn shell(group: &Group, script: &str) -> Child {
         .map(|d| format!("echo $$ > '{}/cgroup.procs' && ", d.display()))
         .collect();
     Command::new("sh")
-        .args(["-c", &format!("{enter} {script}")])
+        .args(["-c", &format!("{enter} {{ {script}; }}")])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
