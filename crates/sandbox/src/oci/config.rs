@@ -2,8 +2,8 @@
 //! runtime specification). Pure: what the engine decided goes in, JSON comes
 //! out.
 
-use super::seccomp;
 use crate::cgroup::Bounds;
+use crate::seccomp;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 

@@ -12,7 +12,6 @@
 //! |---|---|
 //! | `engine` | the verbs |
 //! | `config` | what the runtime is told (pure) |
-//! | `seccomp` | the system call filter in the runtime's words (pure) |
 //! | `launch` | calling it |
 //! | `runtime` | which runtimes there are and how they are called |
 //! | `init` | the sandbox's first process |
@@ -30,7 +29,6 @@ mod machine;
 mod network;
 mod record;
 mod runtime;
-mod seccomp;
 mod strays;
 mod sweep;
 
